@@ -1,0 +1,351 @@
+"""CKA, PCKA and RCKA as pure functions of tensors.
+
+Shape legend:
+
+    B  images in the batch            N     samples that are related to one another
+    C  channels of a feature map      P, Q  features of a sample (student, teacher)
+    H, W  height, width of a map      p     side of a square patch
+    U, V  patches down, across        G     independent CKAs computed at once
+
+Sources: Zhou et al., "Rethinking Centered Kernel Alignment in Knowledge Distillation",
+IJCAI 2024 (RCKA, PCKA); Kornblith et al., "Similarity of Neural Network Representations
+Revisited", ICML 2019 (linear CKA); Song et al., "Feature Selection via Dependence
+Maximization", JMLR 2012 (the unbiased HSIC estimator).
+
+All of them compute in fp32 when they are given half-precision tensors, with autocast off:
+Gram matrices of fp16 features overflow. fp64 stays fp64.
+
+A CKA is *undefined* where one side does not vary (a dead channel, a constant map, a single
+sample): its denominator is zero. :func:`linear_cka` returns 0 there. In the losses a group
+whose teacher does not vary has nothing to teach and adds 0; a group in which only the student
+does not vary has CKA 0 and adds its full weight. The gradient is zero in both cases, never NaN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["LAYOUTS", "linear_cka", "mimic_loss", "pcka_loss", "rcka_loss"]
+
+# name -> (permutation of (B, C, U, p, V, p), the number of leading axes that index G, samples N)
+_PERMUTATIONS: dict[str, tuple[tuple[int, ...], int, int]] = {
+    "spatial": ((1, 2, 4, 0, 3, 5), 1, 2),  # C | U V | B p p
+    "sample": ((1, 0, 2, 4, 3, 5), 1, 3),  # C | B U V | p p
+    "per_image": ((0, 2, 4, 1, 3, 5), 1, 2),  # B | U V | C p p
+    "per_position": ((3, 5, 2, 4, 0, 1), 2, 2),  # p p | U V | B C
+}
+LAYOUTS = tuple(_PERMUTATIONS)
+
+
+@contextlib.contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    with torch.autocast(device_type=device.type, enabled=False):
+        yield
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _standardize(x: Tensor, center: bool) -> tuple[Tensor, Tensor]:
+    """Centre x (..., N, P) over its samples and scale it to unit maximum.
+
+    CKA does not depend on the scale, so the scale carries no gradient. What is left after
+    centring counts as variation only above the rounding error of the mean.
+
+    Returns:
+        the standardised x, and a mask (...,) that is False where nothing varies.
+    """
+    info = torch.finfo(x.dtype)
+    peak = torch.linalg.vector_norm(x.detach(), ord=float("inf"), dim=(-2, -1))
+    floor = torch.full_like(peak, info.tiny)
+    if center:
+        x = x - x.mean(-2, keepdim=True)
+        floor = torch.maximum(floor, 16 * info.eps * peak)
+        peak = torch.linalg.vector_norm(x.detach(), ord=float("inf"), dim=(-2, -1))
+    # NaN must stay visible (it compares False both ways), so test for "does not vary".
+    varies = ~(peak <= floor)
+    scale = torch.where(varies, peak, torch.ones_like(peak)).reciprocal()
+    return x * torch.where(varies, scale, torch.zeros_like(scale))[..., None, None], varies
+
+
+def _square_sum(x: Tensor) -> Tensor:
+    return x.square().sum((-2, -1))
+
+
+def _gram_products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """<K, L>, <K, K>, <L, L> of the Grams K = X X^T, L = Y Y^T of x (..., N, P), y (..., N, Q).
+
+    <X X^T, Y Y^T> = ||X^T Y||^2, so the products are made on the smaller side.
+    """
+    n, p, q = x.shape[-2], x.shape[-1], y.shape[-1]
+    if n * n <= p * q:
+        k, l = x @ x.mT, y @ y.mT
+        return (k * l).sum((-2, -1)), _square_sum(k), _square_sum(l)
+    return _square_sum(x.mT @ y), _square_sum(x.mT @ x), _square_sum(y.mT @ y)
+
+
+def _debias(kl: Tensor, kk: Tensor, ll: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """Turn Gram products into the unbiased estimator HSIC_1 (Song et al. 2012, eq. 5).
+
+    The estimator zeroes the diagonals of K and L; only the diagonals and the row sums are
+    needed for that, never an N x N matrix.
+    """
+    n = x.shape[-2]
+
+    def diagonal_and_row_sums(z: Tensor) -> tuple[Tensor, Tensor]:
+        diagonal = z.square().sum(-1)
+        return diagonal, (z @ z.sum(-2, keepdim=True).mT).squeeze(-1) - diagonal
+
+    def hsic(dot: Tensor, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
+        trace = dot - (a[0] * b[0]).sum(-1)
+        sums = a[1].sum(-1) * b[1].sum(-1) / ((n - 1) * (n - 2))
+        return (trace + sums - 2 / (n - 2) * (a[1] * b[1]).sum(-1)) / (n * (n - 3))
+
+    a, b = diagonal_and_row_sums(x), diagonal_and_row_sums(y)
+    return hsic(kl, a, b), hsic(kk, a, a), hsic(ll, b, b)
+
+
+def _cka(x: Tensor, y: Tensor, center: bool, debiased: bool) -> tuple[Tensor, Tensor]:
+    """CKA of x (..., N, P) and y (..., N, Q), and where y varies; both (...,)."""
+    if x.numel() == 0 or y.numel() == 0:
+        zero = (x.sum((-2, -1)) + y.sum((-2, -1))) * 0
+        return zero, torch.zeros_like(zero, dtype=torch.bool)
+    if debiased and x.shape[-2] < 4:
+        raise ValueError(f"debiased CKA needs at least 4 samples, got {x.shape[-2]}")
+    # HSIC_1 does not change when X is centred, but fp32 is more accurate on centred data.
+    x, x_varies = _standardize(x, center or debiased)
+    y, y_varies = _standardize(y, center or debiased)
+    kl, kk, ll = _gram_products(x, y)
+    if debiased:
+        eps = 16 * torch.finfo(x.dtype).eps
+        k_floor, l_floor = eps * kk.detach(), eps * ll.detach()
+        kl, kk, ll = _debias(kl, kk, ll, x, y)
+        x_varies, y_varies = x_varies & ~(kk <= k_floor), y_varies & ~(ll <= l_floor)
+    varies = x_varies & y_varies
+    # sqrt and division only ever see ones where the CKA is undefined: 0/0 has a NaN gradient
+    # even under a mask.
+    kk = torch.where(varies, kk, torch.ones_like(kk))
+    ll = torch.where(varies, ll, torch.ones_like(ll))
+    return torch.where(varies, kl / (kk.sqrt() * ll.sqrt()), torch.zeros_like(kl)), y_varies
+
+
+def linear_cka(x: Tensor, y: Tensor, *, center: bool = True, debiased: bool = False) -> Tensor:
+    r"""Centered kernel alignment with linear kernels.
+
+    .. math::
+        \mathrm{CKA}(X, Y) = \frac{\|Y^\top X\|_F^2}{\|X^\top X\|_F \, \|Y^\top Y\|_F}
+
+    for X and Y whose columns have mean zero (paper, Theorem 1; Kornblith et al., eq. 3).
+
+    Args:
+        x: (..., N, P), N samples of P features.
+        y: (..., N, Q), the same samples in another representation.
+        center: subtract each feature's mean over the samples. ``False`` is the form of the
+            paper's published code.
+        debiased: use the unbiased HSIC estimator. The plain one tends to 1 for independent
+            X and Y when P is much larger than N. Needs N > 3, and is centred by construction.
+
+    Returns:
+        (...,), in [0, 1] (the debiased form can be negative); 0 where it is undefined.
+
+    Raises:
+        ValueError: the two differ in their leading axes or in N, or debiased with N < 4.
+
+    >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    >>> round(linear_cka(x, 3 * x.flip(1)).item(), 6)
+    1.0
+    """
+    if x.dim() < 2 or y.dim() < 2 or x.shape[:-1] != y.shape[:-1]:
+        raise ValueError(
+            f"linear_cka takes (..., N, P) and (..., N, Q), got {tuple(x.shape)} and "
+            f"{tuple(y.shape)}"
+        )
+    with _full_precision(x.device):
+        return _cka(_widen(x), _widen(y), center, debiased)[0]
+
+
+def _dissimilarity(x: Tensor, y: Tensor, center: bool, debiased: bool = False) -> Tensor:
+    """1 - CKA of a student's x (G, N, P) and its teacher's y, mean over G: a scalar."""
+    cka, teachable = _cka(x, y, center, debiased)
+    return torch.where(teachable, 1 - cka, torch.zeros_like(cka)).mean()
+
+
+def _to_patches(x: Tensor, patch_size: int, layout: str) -> Tensor:
+    """Cut x (B, C, H, W) into patches: (G, N, P), by layout.
+
+    A side that is no multiple of the patch is first raised to the next one by bilinear
+    interpolation, as in the paper's code.
+    """
+    p = patch_size
+    height, width = (-(-side // p) * p for side in x.shape[-2:])
+    if (height, width) != tuple(x.shape[-2:]):
+        x = F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
+    b, c = x.shape[:2]
+    order, n_group, n_sample = _PERMUTATIONS[layout]
+    x = x.reshape(b, c, height // p, p, width // p, p).permute(order)
+    x = x.flatten(n_group + n_sample).flatten(n_group, n_group + n_sample - 1)
+    return x.flatten(0, n_group - 1)
+
+
+def pcka_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    patch_size: int = 16,
+    layout: str = "spatial",
+    center: bool = True,
+    intra_weight: float = 1.0,
+    inter_weight: float = 0.0,
+    debiased: bool = False,
+) -> Tensor:
+    r"""Patch-based CKA loss between two feature maps (PCKA, paper section 3.4).
+
+    .. math::
+        \mathcal{L} = \frac{1}{G} \sum_g \alpha \, (1 - \mathrm{CKA}(X_g, Y_g))
+            + \beta \, (1 - \mathrm{CKA}(X_g^\top, Y_g^\top))
+
+    where X_g (N, P) and Y_g come from cutting both maps into patches of p x p. The layout says
+    what is a sample and what is one CKA:
+
+    ============== ================ ============== =====================================
+    layout         G                N              P
+    ============== ================ ============== =====================================
+    spatial        C                U*V            B*p*p  (the paper's)
+    sample         C                B*U*V          p*p    (every patch of every image)
+    per_image      B                U*V            C*p*p
+    per_position   p*p              U*V            B*C
+    ============== ================ ============== =====================================
+
+    Args:
+        student: (B, C, H, W).
+        teacher: (B, C, H, W).
+        patch_size: p, in cells of the map. Sides are raised to its next multiple.
+        layout: one of :data:`LAYOUTS`.
+        center: centre the Grams. ``False`` is the form of the paper's published code, which
+            never centres.
+        intra_weight: alpha, of the relations between samples.
+        inter_weight: beta, of the relations between the features of a sample.
+        debiased: see :func:`linear_cka`.
+
+    Returns:
+        a scalar; 0 with a zero gradient for empty input.
+
+    Raises:
+        ValueError: shapes differ, unknown layout, or a patch size below 1.
+
+    >>> x = torch.rand(2, 3, 8, 8)
+    >>> bool(pcka_loss(x, 2 * x + 1, patch_size=2) < 1e-5)
+    True
+    """
+    if student.dim() != 4 or student.shape != teacher.shape:
+        raise ValueError(
+            "pcka_loss takes two (B, C, H, W) maps of one shape, got "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    if layout not in _PERMUTATIONS:
+        raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    if patch_size < 1:
+        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+    if student.numel() == 0:
+        return _widen(student).sum() * 0
+    with _full_precision(student.device):
+        x = _to_patches(_widen(student), patch_size, layout)
+        y = _to_patches(_widen(teacher), patch_size, layout)
+        loss = x.new_zeros(())
+        if intra_weight:
+            loss = loss + intra_weight * _dissimilarity(x, y, center, debiased)
+        if inter_weight:
+            loss = loss + inter_weight * _dissimilarity(x.mT, y.mT, center, debiased)
+        return loss
+
+
+def rcka_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    center: bool = True,
+    intra_weight: float = 1.0,
+    inter_weight: float = 1.0,
+    temperature: float | None = None,
+) -> Tensor:
+    r"""Relation CKA loss between two sets of logits (RCKA, paper section 3.3).
+
+    .. math::
+        \mathcal{L} = \alpha \, (1 - \mathrm{CKA}(Z_s, Z_t))
+            + \beta \, (1 - \mathrm{CKA}(Z_s^\top, Z_t^\top))
+
+    intra relates the N samples to one another, inter relates the P classes.
+
+    Args:
+        student_logits: (N, P), N samples of P classes.
+        teacher_logits: (N, P).
+        center: centre the Grams.
+        intra_weight: alpha.
+        inter_weight: beta.
+        temperature: T > 0 relates the samples by softmax(z / T); ``None`` by the logits. The
+            classes are always related by their logits, as in the paper's published code:
+            softmax ties the classes of a sample to one another.
+
+    Returns:
+        a scalar; 0 with a zero gradient for fewer than two samples (a relation needs two).
+
+    Raises:
+        ValueError: shapes differ or are not (N, P), or the temperature is not positive.
+
+    >>> z = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0], [1.0, 5.0, 0.0]])
+    >>> bool(rcka_loss(z, 4 * z) < 1e-5)
+    True
+    """
+    if student_logits.dim() != 2 or student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            "rcka_loss takes two (N, P) sets of logits of one shape, got "
+            f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+        )
+    if temperature is not None and temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if student_logits.shape[0] < 2 or student_logits.numel() == 0:
+        return _widen(student_logits).sum() * 0
+    with _full_precision(student_logits.device):
+        student, teacher = _widen(student_logits), _widen(teacher_logits)
+        loss = student.new_zeros(())
+        if intra_weight:
+            tau = temperature
+            x = student if tau is None else (student / tau).softmax(-1)
+            y = teacher if tau is None else (teacher / tau).softmax(-1)
+            loss = loss + intra_weight * _dissimilarity(x, y, center)
+        if inter_weight:
+            loss = loss + inter_weight * _dissimilarity(student.mT, teacher.mT, center)
+        return loss
+
+
+def mimic_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error between two feature maps (FitNets, Romero et al., ICLR 2015, eq. 3).
+
+    Args:
+        student: (B, C, H, W), already projected to the teacher's channels.
+        teacher: (B, C, H, W).
+
+    Returns:
+        a scalar; 0 with a zero gradient for empty input.
+
+    Raises:
+        ValueError: shapes differ.
+
+    >>> mimic_loss(torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 3.0)).item()
+    9.0
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            "mimic_loss takes two maps of one shape, got "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    if student.numel() == 0:
+        return _widen(student).sum() * 0
+    with _full_precision(student.device):
+        return F.mse_loss(_widen(student), _widen(teacher))
