@@ -1,0 +1,46 @@
+"""Detection distillation by centered kernel alignment, for Detectron2.
+
+Importing it registers the meta-architecture ``DistillationModel``, the distillation losses, the
+tiny backbone and the digits datasets.
+"""
+
+from pcka_distill import backbones as _backbones  # noqa: F401  (registers the tiny backbone)
+from pcka_distill.adapters import Adapter, find_adapter, register_adapter
+from pcka_distill.build import get_distill_cfg, student_config
+from pcka_distill.config import add_pcka_distill_config
+from pcka_distill.data import register_digits
+from pcka_distill.errors import UserError
+from pcka_distill.losses import (
+    DISTILL_LOSS_REGISTRY,
+    DistillLoss,
+    MimicLoss,
+    PCKALoss,
+    RCKALoss,
+)
+from pcka_distill.meta_arch import DistillationModel
+from pcka_distill.structures import Taps
+from pcka_distill.teacher import FrozenTeacher, load_teacher_weights
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DISTILL_LOSS_REGISTRY",
+    "Adapter",
+    "DistillLoss",
+    "DistillationModel",
+    "FrozenTeacher",
+    "MimicLoss",
+    "PCKALoss",
+    "RCKALoss",
+    "Taps",
+    "UserError",
+    "add_pcka_distill_config",
+    "find_adapter",
+    "get_distill_cfg",
+    "load_teacher_weights",
+    "register_adapter",
+    "register_digits",
+    "student_config",
+]
+
+register_digits()

@@ -1,0 +1,125 @@
+"""The contract between a detector family and the model that distils it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Collection, Mapping
+
+import torch.nn.functional as F
+from detectron2.layers import ShapeSpec
+from torch import Tensor, nn
+
+from pcka_distill.errors import UserError
+from pcka_distill.recorder import Call
+from pcka_distill.structures import Taps
+
+__all__ = ["Adapter", "Record", "find_adapter", "register_adapter"]
+
+#: name of a hook point -> its calls, in order
+Record = Mapping[str, list[Call]]
+
+
+class Adapter:
+    """Reads one family of detectors.
+
+    Subclasses name the :attr:`family` and say where its features and logits can be read. One
+    instance serves one model and keeps no tensors.
+    """
+
+    #: the meta-architecture that it reads, with its subclasses
+    family: ClassVar[type[nn.Module]]
+
+    def __init__(self, model: nn.Module) -> None:
+        self.check(model)
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a member of the family that cannot be read.
+
+        Raises:
+            UserError: with what to change.
+        """
+
+    def feature_shapes(self, model: Any) -> dict[str, ShapeSpec]:
+        """Level -> channels and stride of the feature maps that can be read."""
+        return dict(model.backbone.output_shape())
+
+    def num_classes(self, model: Any) -> int:
+        """Foreground classes that the detector predicts."""
+        raise NotImplementedError
+
+    def logit_signature(self, model: Any) -> dict[str, object]:
+        """What must be equal in two models for their logits to be compared row by row."""
+        raise NotImplementedError
+
+    def hook_points(self, model: Any) -> dict[str, nn.Module]:
+        """Name -> submodule whose calls :meth:`collect` wants to see."""
+        return {"backbone": model.backbone}
+
+    def collect(self, model: Any, record: Record, reads: Collection[str]) -> Taps:
+        """Read a training forward of the student.
+
+        Args:
+            model: the student.
+            record: its recorded calls at the hook points.
+            reads: what the losses read, of {"features", "logits"}.
+        """
+        call = record["backbone"][-1]
+        images = call.args[0]
+        return Taps(features=dict(call.output), padded_size=tuple(images.shape[-2:]))
+
+    def run_teacher(
+        self, model: Any, batched_inputs: list[dict[str, Any]], student: Taps, reads: Collection[str]
+    ) -> Taps:
+        """Run only those parts of a teacher that the losses read.
+
+        Args:
+            model: the teacher, in eval mode.
+            batched_inputs: raw inputs; the teacher normalises and pads them in its own way.
+            student: the student's taps of the same inputs.
+            reads: see :meth:`collect`.
+        """
+        raise NotImplementedError
+
+    def teacher_features(
+        self, model: Any, batched_inputs: list[dict[str, Any]], padded_size: tuple[int, int]
+    ) -> tuple[dict[str, Tensor], tuple[int, int]]:
+        """The teacher's feature maps, over at least the extent that the student's cover.
+
+        Returns:
+            level -> (B, C, H, W), and the (height, width) in pixels that they cover.
+        """
+        images = model.preprocess_image(batched_inputs).tensor
+        divisor = max(model.backbone.size_divisibility, 1)
+        # Both sides pad at the bottom and right. Where the teacher pads less than the student,
+        # pad it further (with the zeros of ImageList), so that its maps can be cut to size.
+        bottom, right = (
+            max(0, -(-want // divisor) * divisor - have)
+            for want, have in zip(padded_size, images.shape[-2:])
+        )
+        if bottom or right:
+            images = F.pad(images, (0, right, 0, bottom))
+        return model.backbone(images), tuple(images.shape[-2:])
+
+
+_ADAPTERS: list[type[Adapter]] = []
+
+
+def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
+    """Class decorator: make an adapter known. Later ones win, so users can replace ours."""
+    _ADAPTERS.insert(0, adapter)
+    return adapter
+
+
+def find_adapter(model: nn.Module) -> Adapter:
+    """The adapter of a model's family.
+
+    Raises:
+        UserError: the family is unknown, or this member of it cannot be read.
+    """
+    for adapter in _ADAPTERS:
+        if isinstance(model, adapter.family):
+            return adapter(model)
+    known = ", ".join(sorted(adapter.family.__name__ for adapter in _ADAPTERS))
+    raise UserError(
+        f"no adapter for {type(model).__name__}: supported are {known}; for your own detector "
+        "subclass pcka_distill.Adapter and decorate it with @register_adapter"
+    )

@@ -1,0 +1,68 @@
+"""Dense detectors: features from the backbone, logits from the head, level by level."""
+
+from __future__ import annotations
+
+from typing import Any, Collection
+
+from detectron2.modeling import RetinaNet
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from torch import Tensor, nn
+
+from pcka_distill.adapters.base import Adapter, Record, register_adapter
+from pcka_distill.structures import Taps
+
+__all__ = ["RetinaNetAdapter"]
+
+
+@register_adapter
+class RetinaNetAdapter(Adapter):
+    """RetinaNet: sigmoid logits of every anchor, one group a level."""
+
+    family = RetinaNet
+
+    def num_classes(self, model: Any) -> int:
+        return int(model.num_classes)
+
+    def logit_signature(self, model: Any) -> dict[str, object]:
+        shapes = model.backbone.output_shape()
+        return {
+            "classes": model.num_classes,
+            "anchors a cell": list(model.anchor_generator.num_cell_anchors),
+            "strides": [shapes[f].stride for f in model.head_in_features],
+        }
+
+    def hook_points(self, model: Any) -> dict[str, nn.Module]:
+        return {**super().hook_points(model), "head": model.head}
+
+    def collect(self, model: Any, record: Record, reads: Collection[str]) -> Taps:
+        taps = super().collect(model, record, reads)
+        if "logits" in reads:
+            taps.logits = self._groups(model, record["head"][-1].output[0])
+        return taps
+
+    def run_teacher(
+        self, model: Any, batched_inputs: list[dict[str, Any]], student: Taps, reads: Collection[str]
+    ) -> Taps:
+        features, size = self.teacher_features(model, batched_inputs, student.padded_size)
+        taps = Taps(features=features, padded_size=size)
+        if "logits" in reads:
+            inputs = [features[f] for f in model.head_in_features]
+            # The box branch is half of the head's cost and nothing reads it.
+            if type(model.head) is RetinaNetHead:
+                logits = [model.head.cls_score(model.head.cls_subnet(x)) for x in inputs]
+            else:
+                logits = model.head(inputs)[0]
+            # Cut to the student's extent, so that row i is the same anchor on both sides.
+            strides = model.backbone.output_shape()
+            logits = [
+                x[..., : -(-student.padded_size[0] // stride), : -(-student.padded_size[1] // stride)]
+                for x, stride in zip(logits, (strides[f].stride for f in model.head_in_features))
+            ]
+            taps.logits = dict(zip(student.logits, self._groups(model, logits).values()))
+        return taps
+
+    @staticmethod
+    def _groups(model: Any, logits: list[Tensor]) -> dict[str, Tensor]:
+        rows = (permute_to_N_HWA_K(x, model.num_classes) for x in logits)
+        return dict(zip(model.head_in_features, rows))

@@ -1,0 +1,173 @@
+"""From a config to a student, a teacher and losses."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from pathlib import Path
+from typing import Iterator
+
+import torch
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from torch import nn
+
+from pcka_distill.config import add_pcka_distill_config
+from pcka_distill.errors import UserError
+from pcka_distill.losses import DISTILL_LOSS_REGISTRY, DistillLoss
+from pcka_distill.teacher import FrozenTeacher, load_teacher_weights
+
+__all__ = [
+    "build_losses",
+    "build_student",
+    "build_teacher",
+    "first_line",
+    "get_distill_cfg",
+    "merge_config",
+    "own_random_stream",
+    "student_config",
+]
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def own_random_stream() -> Iterator[None]:
+    """Let what is built inside draw random numbers without moving torch's generators.
+
+    Whatever distillation adds to a run, the student's initialisation, its sampled regions and its
+    order of images stay those of the run without it.
+    """
+    with torch.random.fork_rng():
+        yield
+
+
+def get_distill_cfg() -> CfgNode:
+    """Detectron2's default config with this project's keys."""
+    cfg = get_cfg()
+    add_pcka_distill_config(cfg)
+    return cfg
+
+
+def merge_config(cfg: CfgNode, path: str, opts: list[object], what: str) -> None:
+    """Merge a config file and command-line overrides.
+
+    Raises:
+        UserError: the file is not there or is no yaml, or a key or a value does not fit.
+    """
+    try:
+        if path:
+            if not os.path.isfile(path):
+                raise UserError(f"{what} not found: {path}")
+            cfg.merge_from_file(path)
+    except UserError:
+        raise
+    except Exception as e:
+        # yaml and yacs raise half a dozen unrelated types here, AssertionError among them.
+        raise UserError(f"{what} {path} cannot be used: {first_line(e)}") from e
+    try:
+        cfg.merge_from_list(list(opts))
+    except Exception as e:
+        raise UserError(f"override of the {what} cannot be used: {first_line(e)}") from e
+
+
+def first_line(e: BaseException) -> str:
+    """What an exception of a library says, on one line."""
+    text = " ".join(str(e.args[0] if e.args else e).split())
+    return text or type(e).__name__
+
+
+def student_config(cfg: CfgNode) -> CfgNode:
+    """The config of the student alone: an ordinary model of its own meta-architecture.
+
+    Of a config that does not distil, it is a copy.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    if cfg.MODEL.META_ARCHITECTURE == "DistillationModel":
+        name = cfg.MODEL.DISTILL.STUDENT_ARCHITECTURE
+        if name not in META_ARCH_REGISTRY or name == "DistillationModel":
+            raise UserError(
+                f"MODEL.DISTILL.STUDENT_ARCHITECTURE is {name!r}; set it to the student's "
+                "meta-architecture, such as RetinaNet or GeneralizedRCNN"
+            )
+        cfg.MODEL.META_ARCHITECTURE = name
+    return cfg
+
+
+def build_student(cfg: CfgNode) -> nn.Module:
+    """The student, exactly as Detectron2 builds it."""
+    return build_model(student_config(cfg))
+
+
+def _teacher_config_file(name: str) -> tuple[str, str]:
+    """Resolve a path or a model-zoo name to (path, zoo name or "")."""
+    if not name:
+        raise UserError(
+            "the teacher has no config; set MODEL.DISTILL.TEACHER.CONFIG_FILE to a path or to a "
+            "name in Detectron2's model zoo"
+        )
+    # A path in a shipped config is relative to the repository, wherever one stands.
+    for candidate in (Path(name), Path(__file__).parents[2] / name):
+        if candidate.is_file():
+            return str(candidate), ""
+    try:
+        return model_zoo.get_config_file(name), name
+    except RuntimeError as e:
+        raise UserError(
+            f"teacher config {name!r} is neither a file nor a name in Detectron2's model zoo; "
+            "change MODEL.DISTILL.TEACHER.CONFIG_FILE"
+        ) from e
+
+
+def build_teacher(cfg: CfgNode) -> FrozenTeacher:
+    """The teacher of ``MODEL.DISTILL.TEACHER``, with all of its weights loaded.
+
+    It lives on ``MODEL.DEVICE``, whatever its own config says.
+    """
+    node = cfg.MODEL.DISTILL.TEACHER
+    path, zoo_name = _teacher_config_file(node.CONFIG_FILE)
+    teacher_cfg = get_distill_cfg()
+    merge_config(teacher_cfg, path, node.OPTS, "teacher config")
+    # A student that was distilled before can be a teacher now.
+    teacher_cfg = student_config(teacher_cfg)
+    teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
+    weights = node.WEIGHTS
+    if zoo_name and not weights:
+        try:
+            weights = model_zoo.get_checkpoint_url(zoo_name)
+        except RuntimeError as e:
+            raise UserError(
+                f"the model zoo has no weights for {zoo_name}; set MODEL.DISTILL.TEACHER.WEIGHTS"
+            ) from e
+    with own_random_stream():
+        model = build_model(teacher_cfg)
+    loaded = load_teacher_weights(model, weights, allow_partial=node.ALLOW_PARTIAL)
+    logger.info(
+        f"Teacher: {teacher_cfg.MODEL.META_ARCHITECTURE} of {node.CONFIG_FILE}, "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+        f"{loaded} of {len(model.state_dict())} tensors loaded from {weights}"
+    )
+    return FrozenTeacher(model, input_format=teacher_cfg.INPUT.FORMAT)
+
+
+def build_losses(cfg: CfgNode) -> list[DistillLoss]:
+    """The losses of ``MODEL.DISTILL.LOSSES`` whose weight is not zero."""
+    names = list(cfg.MODEL.DISTILL.LOSSES)
+    if len(set(names)) != len(names):
+        raise UserError(f"a loss is named twice in MODEL.DISTILL.LOSSES {names}")
+    losses = []
+    for name in names:
+        if name not in DISTILL_LOSS_REGISTRY:
+            known = ", ".join(sorted(k for k, _ in DISTILL_LOSS_REGISTRY))
+            raise UserError(f"unknown loss {name!r} in MODEL.DISTILL.LOSSES; known are {known}")
+        loss = DISTILL_LOSS_REGISTRY.get(name)(cfg)
+        if loss.weight == 0:
+            # Not even built: no adapter without a gradient (an error under DDP), no teacher
+            # forward, and a run that is equal to stock Detectron2's, bit for bit.
+            logger.warning(f"{name} has weight 0 and is left out")
+            continue
+        losses.append(loss)
+    return losses

@@ -1,0 +1,72 @@
+"""The keys that this project adds to Detectron2's config."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode as CN
+
+__all__ = ["add_pcka_distill_config"]
+
+
+def add_pcka_distill_config(cfg: CN) -> None:
+    """Add ``MODEL.DISTILL`` and ``SOLVER.OPTIMIZER`` with their defaults."""
+    # "SGD" is Detectron2's own. "AdamW" reads SOLVER.BASE_LR and WEIGHT_DECAY. It has to live
+    # outside MODEL.DISTILL because a plain student and a teacher are trained with it too.
+    cfg.SOLVER.OPTIMIZER = "SGD"
+
+    cfg.MODEL.DISTILL = CN()
+    # The student's own meta-architecture, e.g. "RetinaNet"; the rest of MODEL describes it.
+    cfg.MODEL.DISTILL.STUDENT_ARCHITECTURE = ""
+    # Names in the registry of losses: "PCKALoss", "RCKALoss", "MimicLoss", or your own.
+    # Each is configured by its node below. A loss with WEIGHT 0 is not built at all.
+    cfg.MODEL.DISTILL.LOSSES = ()
+
+    cfg.MODEL.DISTILL.TEACHER = CN()
+    # The teacher's own config: a path, or a name in Detectron2's model zoo.
+    cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = ""
+    # Its checkpoint. Empty: the model zoo's, if CONFIG_FILE is a zoo name.
+    cfg.MODEL.DISTILL.TEACHER.WEIGHTS = ""
+    # Overrides of the teacher's config, as on a command line: ["MODEL.X", value, ...].
+    cfg.MODEL.DISTILL.TEACHER.OPTS = []
+    # Only warn if its checkpoint does not fit it exactly, instead of refusing to run.
+    cfg.MODEL.DISTILL.TEACHER.ALLOW_PARTIAL = False
+
+    # Common to the losses:
+    #   WEIGHT        factor of the loss
+    #   WARMUP_ITERS  iterations over which the weight rises linearly; 0 for none
+    #   LEVELS        the student's feature levels; () for all that the teacher matches
+
+    # PCKA: relations between patches of feature maps (paper section 3.4).
+    cfg.MODEL.DISTILL.PCKA = CN()
+    cfg.MODEL.DISTILL.PCKA.WEIGHT = 1.0
+    cfg.MODEL.DISTILL.PCKA.WARMUP_ITERS = 0
+    cfg.MODEL.DISTILL.PCKA.LEVELS = ()
+    # Side of a patch in cells of the map: one for all levels, or one for each of LEVELS.
+    cfg.MODEL.DISTILL.PCKA.PATCH_SIZE = (16,)
+    # What is a sample: "spatial" (the paper's), "sample", "per_image" or "per_position".
+    cfg.MODEL.DISTILL.PCKA.LAYOUT = "spatial"
+    # Centre the Gram matrices. The paper's formula does, its published code does not.
+    cfg.MODEL.DISTILL.PCKA.CENTER = True
+    # Use the unbiased HSIC estimator.
+    cfg.MODEL.DISTILL.PCKA.DEBIASED = False
+    # Weights of the relations between patches and of those between positions in a patch.
+    cfg.MODEL.DISTILL.PCKA.INTRA_WEIGHT = 1.0
+    cfg.MODEL.DISTILL.PCKA.INTER_WEIGHT = 0.0
+
+    # RCKA: relations in the logits of the head (paper section 3.3).
+    cfg.MODEL.DISTILL.RCKA = CN()
+    cfg.MODEL.DISTILL.RCKA.WEIGHT = 1.0
+    cfg.MODEL.DISTILL.RCKA.WARMUP_ITERS = 0
+    # Dense heads: rows an image, the teacher's best-scored; 0 for all. Box heads: not used.
+    cfg.MODEL.DISTILL.RCKA.TOPK_PER_IMAGE = 50
+    cfg.MODEL.DISTILL.RCKA.CENTER = True
+    # Weights of the relations between samples and of those between classes.
+    cfg.MODEL.DISTILL.RCKA.INTRA_WEIGHT = 1.0
+    cfg.MODEL.DISTILL.RCKA.INTER_WEIGHT = 1.0
+    # Relate samples by softmax(logits / TEMPERATURE); 0 for the logits themselves.
+    cfg.MODEL.DISTILL.RCKA.TEMPERATURE = 0.0
+
+    # Mimic: MSE of the feature maps after a 1x1 convolution on the student's side (FitNets).
+    cfg.MODEL.DISTILL.MIMIC = CN()
+    cfg.MODEL.DISTILL.MIMIC.WEIGHT = 1.0
+    cfg.MODEL.DISTILL.MIMIC.WARMUP_ITERS = 0
+    cfg.MODEL.DISTILL.MIMIC.LEVELS = ()

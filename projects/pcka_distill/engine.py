@@ -1,0 +1,319 @@
+"""Training and evaluation: Detectron2's own trainer, with clear answers before it starts."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultTrainer, HookBase, default_setup
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+)
+from detectron2.solver import build_optimizer
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from pcka_distill.adapters import find_adapter
+from pcka_distill.build import (
+    build_student,
+    first_line,
+    get_distill_cfg,
+    merge_config,
+    student_config,
+)
+from pcka_distill.errors import UserError
+
+__all__ = ["Trainer", "main", "setup"]
+
+logger = logging.getLogger(__name__)
+
+# What the pinned libraries say about one another, and nobody here can change.
+_THIRD_PARTY_WARNINGS = (
+    "torch.meshgrid: in an upcoming release",
+    "`torch.jit.script` is deprecated",
+    "`torch.jit.script_method` is deprecated",
+)
+
+
+class Stopwatch(HookBase):
+    """Seconds spent in training steps, over all resumed parts of a run."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._start = 0.0
+
+    def before_step(self) -> None:
+        self._start = time.perf_counter()
+
+    def after_step(self) -> None:
+        self.seconds += time.perf_counter() - self._start
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.seconds = state["seconds"]
+
+
+class ProgressBar(HookBase):
+    """A bar with ETA on a terminal; in a file or a pipe the log's own ETA is enough."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+
+    def before_train(self) -> None:
+        if not sys.stderr.isatty():
+            return
+        loggers = [logging.getLogger(n) for n in ("detectron2", "fvcore", "pcka_distill")]
+        self._redirect = logging_redirect_tqdm(loggers)
+        self._redirect.__enter__()
+        start, stop = self.trainer.start_iter, self.trainer.max_iter
+        self._bar = tqdm(initial=start, total=stop, desc="train", unit="it", dynamic_ncols=True)
+
+    def after_step(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def after_train(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._redirect.__exit__(None, None, None)
+            self._bar = None
+
+
+class StudentCheckpointer(DetectionCheckpointer):
+    """Loads a distilled checkpoint into the student alone: the adapters are left in the file."""
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        for key in [k for k in checkpoint["model"] if k.startswith("distill.")]:
+            del checkpoint["model"][key]
+        return super()._load_model(checkpoint)
+
+
+def _resume_or_load(checkpointer: DetectionCheckpointer, path: str, resume: bool) -> None:
+    source = checkpointer.get_checkpoint_file() if resume else ""
+    source = source or path
+    try:
+        checkpointer.resume_or_load(path, resume=resume)
+    except (AssertionError, FileNotFoundError, IsADirectoryError) as e:
+        raise UserError(f"checkpoint not found: {source}; change MODEL.WEIGHTS") from e
+    except Exception as e:
+        # Whatever pickle, zipfile and torch raise on a damaged file: a dozen types.
+        raise UserError(
+            f"checkpoint {source} cannot be loaded ({first_line(e)}); it is damaged or belongs to "
+            "another model, change MODEL.WEIGHTS or remove it"
+        ) from e
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's DefaultTrainer with COCO evaluation, AdamW by key, and earlier errors."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        # The base class builds its hooks in its constructor.
+        self.stopwatch = Stopwatch()
+        super().__init__(cfg)
+        _check_classes(cfg, self.model)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        try:
+            return super().build_train_loader(cfg)
+        except AssertionError as e:
+            raise UserError(
+                f"dataset {', '.join(cfg.DATASETS.TRAIN)} cannot be used: {first_line(e)}"
+            ) from e
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        if cfg.SOLVER.OPTIMIZER == "SGD":
+            optimizer: torch.optim.Optimizer = build_optimizer(cfg, model)
+            return optimizer
+        if cfg.SOLVER.OPTIMIZER != "AdamW":
+            raise UserError(
+                f"unknown SOLVER.OPTIMIZER {cfg.SOLVER.OPTIMIZER!r}, expected SGD or AdamW"
+            )
+        params = get_default_optimizer_params(
+            model,
+            base_lr=cfg.SOLVER.BASE_LR,
+            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+        )
+        kind = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
+        adamw: torch.optim.Optimizer = kind(params, lr=cfg.SOLVER.BASE_LR)
+        return adamw
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+        kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+        if kind == "coco":
+            return COCOEvaluator(dataset_name, output_dir=folder)
+        if kind == "lvis":
+            return LVISEvaluator(dataset_name, output_dir=folder)
+        if kind == "pascal_voc":
+            return PascalVOCDetectionEvaluator(dataset_name)
+        raise UserError(
+            f"no evaluator for dataset {dataset_name!r} of type {kind!r}; set its evaluator_type "
+            "in MetadataCatalog to coco, lvis or pascal_voc"
+        )
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> Any:
+        results = super().test(cfg, model, evaluators)
+        if comm.is_main_process():
+            names = cfg.DATASETS.TEST
+            by_dataset = {names[0]: results} if len(names) == 1 else results
+            if isinstance(model, nn.parallel.DistributedDataParallel):
+                model = model.module
+            student = getattr(model, "student", model)
+            content = {
+                "parameters": sum(p.numel() for p in student.parameters()),
+                "results": by_dataset,
+            }
+            with open(os.path.join(cfg.OUTPUT_DIR, "results.json"), "w") as f:
+                json.dump(content, f, indent=1)
+        return results
+
+    def build_hooks(self) -> list[HookBase | None]:
+        hooks: list[HookBase | None] = super().build_hooks()
+        # First, so that checkpoints hold the seconds of the step they were made after.
+        hooks.insert(0, self.stopwatch)
+        if comm.is_main_process():
+            hooks.insert(1, ProgressBar())
+        return hooks
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        _resume_or_load(self.checkpointer, self.cfg.MODEL.WEIGHTS, resume)
+        if resume and self.checkpointer.has_checkpoint():
+            self.start_iter = self.iter + 1
+
+
+def _check_classes(cfg: CfgNode, model: nn.Module) -> None:
+    """Refuse a head whose number of classes is not the dataset's."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    model = getattr(model, "student", model)
+    try:
+        count = find_adapter(model).num_classes(model)
+    except UserError:
+        # A plain model of a family that we cannot distil can still be trained.
+        return
+    for name in cfg.DATASETS.TRAIN:
+        classes = MetadataCatalog.get(name).get("thing_classes")
+        if classes is not None and len(classes) != count:
+            raise UserError(
+                f"dataset {name!r} has {len(classes)} classes and the model has {count}; set "
+                f"MODEL.RETINANET.NUM_CLASSES or MODEL.ROI_HEADS.NUM_CLASSES to {len(classes)}"
+            )
+
+
+def _check_datasets(names: list[str]) -> None:
+    for name in names:
+        if name not in DatasetCatalog:
+            close = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
+            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            raise UserError(
+                f"unknown dataset {name!r} in DATASETS{hint} Your own: register_coco_instances "
+                "before training"
+            )
+        metadata = MetadataCatalog.get(name)
+        prepare = metadata.get("prepare")
+        if prepare is not None:
+            prepare()
+        for key in ("json_file", "image_root"):
+            path = metadata.get(key)
+            if path and "://" not in path and not os.path.exists(path):
+                raise UserError(
+                    f"dataset {name!r} is not there: {path} does not exist; set the environment "
+                    "variable DETECTRON2_DATASETS to the folder that holds it, or change DATASETS"
+                )
+
+
+def _check(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """What can be known to fail before anything is built."""
+    processes = max(1, args.num_gpus) * args.num_machines
+    batch = cfg.SOLVER.IMS_PER_BATCH
+    if not args.eval_only and (batch < 1 or batch % processes):
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {batch}; it must be a positive multiple of the number of "
+            f"processes ({processes})"
+        )
+    if not args.eval_only and not cfg.DATASETS.TRAIN:
+        raise UserError("DATASETS.TRAIN is empty; name a dataset to train on")
+    _check_datasets([*cfg.DATASETS.TEST, *(() if args.eval_only else cfg.DATASETS.TRAIN)])
+    if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
+        raise UserError(
+            "--eval-only needs a checkpoint: set MODEL.WEIGHTS, or --resume for the last one in "
+            "OUTPUT_DIR"
+        )
+    if args.eval_only and not cfg.DATASETS.TEST:
+        raise UserError("DATASETS.TEST is empty; name a dataset to evaluate on")
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Config, checks, logging and seeds of a run.
+
+    Args:
+        args: of :func:`detectron2.engine.default_argument_parser`.
+
+    Raises:
+        UserError: see the messages; nothing has been built or written by then.
+    """
+    for text in _THIRD_PARTY_WARNINGS:
+        warnings.filterwarnings("ignore", message=text)
+    cfg = get_distill_cfg()
+    merge_config(cfg, args.config_file, args.opts, "config file")
+    no_gpu = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
+    if no_gpu:
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.freeze()
+    student_config(cfg)
+    setup_logger(
+        cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="pcka_distill", abbrev_name="pcka"
+    )
+    _check(cfg, args)
+    default_setup(cfg, args)
+    if no_gpu:
+        logger.warning("No CUDA device here: MODEL.DEVICE is set to cpu")
+    if comm.is_main_process():
+        # What stock Detectron2 needs, beside a checkpoint, to run the student.
+        stock = student_config(cfg)
+        del stock.MODEL["DISTILL"], stock.SOLVER["OPTIMIZER"]
+        with open(os.path.join(cfg.OUTPUT_DIR, "student_config.yaml"), "w") as f:
+            f.write(stock.dump())
+    return cfg
+
+
+def main(args: argparse.Namespace) -> Any:
+    """Train, or with ``--eval-only`` evaluate, what the config describes."""
+    cfg = setup(args)
+    if args.eval_only:
+        # The student alone: no teacher is built or needed.
+        model = build_student(cfg)
+        _resume_or_load(
+            StudentCheckpointer(model, save_dir=cfg.OUTPUT_DIR), cfg.MODEL.WEIGHTS, args.resume
+        )
+        return Trainer.test(cfg, model)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()

@@ -1,0 +1,110 @@
+"""PCKA: relations between the patches of feature maps."""
+
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+from detectron2.config import CfgNode, configurable
+from torch import Tensor
+
+from pcka_distill.errors import UserError
+from pcka_distill.functional import LAYOUTS, pcka_loss
+from pcka_distill.losses.base import DISTILL_LOSS_REGISTRY, FeatureLoss
+from pcka_distill.pairing import LevelPair
+
+__all__ = ["PCKALoss"]
+
+
+@DISTILL_LOSS_REGISTRY.register()
+class PCKALoss(FeatureLoss):
+    """Patch-based CKA on FPN levels (paper section 3.4), see :func:`.functional.pcka_loss`.
+
+    Args:
+        levels: student levels, empty for every level that can be paired.
+        patch_size: side of a patch in cells of the map: one for all levels, or one a level.
+        layout, center, debiased, intra_weight, inter_weight: see :func:`.functional.pcka_loss`.
+        weight, warmup_iters: see :class:`.DistillLoss`.
+
+    Raises:
+        UserError: a setting that cannot work.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        levels: Sequence[str] = (),
+        patch_size: int | Sequence[int] = 16,
+        layout: str = "spatial",
+        center: bool = True,
+        debiased: bool = False,
+        intra_weight: float = 1.0,
+        inter_weight: float = 0.0,
+        weight: float = 1.0,
+        warmup_iters: int = 0,
+    ) -> None:
+        super().__init__(levels=levels, weight=weight, warmup_iters=warmup_iters)
+        sizes = (patch_size,) if isinstance(patch_size, int) else tuple(patch_size)
+        if not sizes or min(sizes) < 1:
+            raise UserError(f"PCKALoss: patch sizes must be at least 1, got {list(sizes)}")
+        if len(sizes) > 1 and len(sizes) != len(self.levels):
+            raise UserError(
+                f"PCKALoss: {len(sizes)} patch sizes for {len(self.levels)} levels "
+                f"{list(self.levels)}; give one PATCH_SIZE, or one for each of LEVELS"
+            )
+        if layout not in LAYOUTS:
+            raise UserError(f"PCKALoss: unknown layout {layout!r}, expected {', '.join(LAYOUTS)}")
+        if intra_weight <= 0 and inter_weight <= 0:
+            raise UserError("PCKALoss: INTRA_WEIGHT or INTER_WEIGHT must be positive")
+        self._patch_sizes = sizes
+        self.options: dict[str, Any] = {
+            "layout": layout,
+            "center": center,
+            "debiased": debiased,
+            "intra_weight": intra_weight,
+            "inter_weight": inter_weight,
+        }
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        node = cfg.MODEL.DISTILL.PCKA
+        return {
+            "levels": node.LEVELS,
+            "patch_size": node.PATCH_SIZE,
+            "layout": node.LAYOUT,
+            "center": node.CENTER,
+            "debiased": node.DEBIASED,
+            "intra_weight": node.INTRA_WEIGHT,
+            "inter_weight": node.INTER_WEIGHT,
+            "weight": node.WEIGHT,
+            "warmup_iters": node.WARMUP_ITERS,
+        }
+
+    def patch_size(self, level: str) -> int:
+        """Side of a patch on a level, in cells."""
+        if len(self._patch_sizes) == 1:
+            return self._patch_sizes[0]
+        return self._patch_sizes[self.levels.index(level)]
+
+    def check_map(self, pair: LevelPair, shape: tuple[int, int, int]) -> None:
+        batch, height, width = shape
+        p = self.patch_size(pair.student)
+        where = f"level {pair.student!r} ({height} x {width} cells at the smallest training size)"
+        if p > min(height, width):
+            raise UserError(
+                f"PCKALoss: a patch of {p} is larger than {where}; "
+                f"lower MODEL.DISTILL.PCKA.PATCH_SIZE to at most {min(height, width)} there, "
+                "or take the level out of LEVELS"
+            )
+        n = -(-height // p) * -(-width // p)
+        if self.options["layout"] == "sample":
+            n *= batch
+        least = 4 if self.options["debiased"] else 3
+        if self.options["center"] and n < least:
+            raise UserError(
+                f"PCKALoss: patches of {p} leave {n} samples on {where}, and a centred CKA of "
+                f"fewer than {least} is constant; lower MODEL.DISTILL.PCKA.PATCH_SIZE there"
+            )
+
+    def compare(self, level: str, student: Tensor, teacher: Tensor) -> Tensor:
+        return pcka_loss(student, teacher, patch_size=self.patch_size(level), **self.options)

@@ -1,0 +1,115 @@
+"""RCKA: relations between samples and between classes in the logits of a head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from torch import Tensor
+
+from pcka_distill.errors import UserError
+from pcka_distill.functional import rcka_loss
+from pcka_distill.losses.base import DISTILL_LOSS_REGISTRY, DistillLoss
+from pcka_distill.structures import Taps
+
+__all__ = ["RCKALoss"]
+
+
+def _select(student: Taps, teacher: Taps, k: int) -> tuple[Tensor, Tensor]:
+    """Rows of logits to relate, (N, K) of each side.
+
+    Dense groups (B, R, K): the k rows of each image that the teacher scores highest, over all
+    levels. Region groups (R, K + 1) are already a chosen set and are taken whole.
+    """
+    regions, dense = [], []
+    for group, y in teacher.logits.items():
+        x = student.logits[group]
+        if y.dim() == 2:
+            regions.append((x, y))
+        elif k:
+            # The best k of all levels are among the best k of each: select before concatenating,
+            # and the 10^5 anchors of a COCO image are never copied.
+            best = y.amax(-1).topk(min(k, y.shape[1]), dim=1).indices[..., None]
+            dense.append((x.take_along_dim(best, 1), y.take_along_dim(best, 1)))
+        else:
+            dense.append((x, y))
+    if dense:
+        x, y = (torch.cat(side, dim=1) for side in zip(*dense))
+        if k:
+            best = y.amax(-1).topk(min(k, y.shape[1]), dim=1).indices[..., None]
+            x, y = x.take_along_dim(best, 1), y.take_along_dim(best, 1)
+        regions.append((x.flatten(0, 1), y.flatten(0, 1)))
+    x, y = (torch.cat(side) for side in zip(*regions))
+    return x, y
+
+
+@DISTILL_LOSS_REGISTRY.register()
+class RCKALoss(DistillLoss):
+    """Relation CKA on head logits (paper section 3.3), see :func:`.functional.rcka_loss`.
+
+    Two-stage heads: the rows are the student's sampled regions, which the teacher scores too.
+    Dense heads: the rows are the locations that the teacher scores highest, because background
+    drowns the Gram matrix of all anchors.
+
+    Args:
+        topk_per_image: rows kept for each image of a dense head; 0 keeps all.
+        center, intra_weight, inter_weight: see :func:`.functional.rcka_loss`.
+        temperature: see :func:`.functional.rcka_loss`; 0 or None relates the logits themselves.
+        weight, warmup_iters: see :class:`.DistillLoss`.
+
+    Raises:
+        UserError: a setting that cannot work.
+    """
+
+    reads = frozenset({"logits"})
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        topk_per_image: int = 50,
+        center: bool = True,
+        intra_weight: float = 1.0,
+        inter_weight: float = 1.0,
+        temperature: float | None = None,
+        weight: float = 1.0,
+        warmup_iters: int = 0,
+    ) -> None:
+        super().__init__(weight=weight, warmup_iters=warmup_iters)
+        if intra_weight <= 0 and inter_weight <= 0:
+            raise UserError("RCKALoss: INTRA_WEIGHT or INTER_WEIGHT must be positive")
+        if topk_per_image < 0 or (temperature or 0) < 0:
+            raise UserError("RCKALoss: TOPK_PER_IMAGE and TEMPERATURE must not be negative")
+        self.topk_per_image = topk_per_image
+        self.center = center
+        self.part_weights = {"intra": float(intra_weight), "inter": float(inter_weight)}
+        self.temperature = temperature or None
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        node = cfg.MODEL.DISTILL.RCKA
+        return {
+            "topk_per_image": node.TOPK_PER_IMAGE,
+            "center": node.CENTER,
+            "intra_weight": node.INTRA_WEIGHT,
+            "inter_weight": node.INTER_WEIGHT,
+            "temperature": node.TEMPERATURE,
+            "weight": node.WEIGHT,
+            "warmup_iters": node.WARMUP_ITERS,
+        }
+
+    def forward(self, student: Taps, teacher: Taps) -> dict[str, Tensor]:
+        x, y = _select(student, teacher, self.topk_per_image)
+        return {
+            f"loss_rcka_{part}": rcka_loss(
+                x,
+                y,
+                center=self.center,
+                intra_weight=self.weight * weight if part == "intra" else 0.0,
+                inter_weight=self.weight * weight if part == "inter" else 0.0,
+                temperature=self.temperature,
+            )
+            for part, weight in self.part_weights.items()
+            if weight > 0
+        }

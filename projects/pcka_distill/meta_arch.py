@@ -1,0 +1,223 @@
+"""The meta-architecture: an ordinary student that is taught while it trains."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Callable, Iterable
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from pcka_distill.adapters import find_adapter
+from pcka_distill.build import build_losses, build_student, build_teacher, own_random_stream
+from pcka_distill.errors import UserError
+from pcka_distill.losses import DistillLoss
+from pcka_distill.pairing import LevelPair, align, describe, pair_levels
+from pcka_distill.recorder import Recorder
+from pcka_distill.structures import Taps
+from pcka_distill.teacher import FrozenTeacher
+
+__all__ = ["DistillationModel"]
+
+logger = logging.getLogger(__name__)
+
+_STUDENT = "student."
+_DISTILL = "distill."
+
+
+def _drop_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """state_dict hook: the student's tensors under the names they have without us."""
+    for key in [k for k in state if k.startswith(prefix + _STUDENT)]:
+        state[prefix + key[len(prefix + _STUDENT) :]] = state.pop(key)
+    versions = getattr(state, "_metadata", {})
+    for key in [k for k in versions if (k + ".").startswith(prefix + _STUDENT)]:
+        versions[prefix + key[len(prefix + _STUDENT) :]] = versions.pop(key)
+
+
+def _restore_prefix(state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """load_state_dict hook: the reverse of :func:`_drop_prefix`."""
+    for key in [k for k in state if k.startswith(prefix)]:
+        if not key.startswith(prefix + _DISTILL):
+            state[prefix + _STUDENT + key[len(prefix) :]] = state.pop(key)
+
+
+@META_ARCH_REGISTRY.register()
+class DistillationModel(nn.Module):
+    """A student detector, a frozen teacher, and what the one is to learn from the other.
+
+    In training it returns the student's own losses and, beside them, those of distillation. In
+    inference it is the student, nothing else. Its ``state_dict()`` is the student's, so that
+    stock Detectron2 loads its checkpoints with the student's own config; the few parameters of
+    1x1 adapters sit beside them under ``distill.``.
+
+    Args:
+        student: a detector of a supported family (see :mod:`pcka_distill.adapters`).
+        teacher: None is allowed when there are no losses.
+        losses: may be empty; the model then trains as the student alone does, bit for bit.
+        input_format: channel order of the student's images, "BGR" or "RGB"; None when it is the
+            teacher's.
+        smallest_batch: (B, height, width) of the smallest padded batch to be expected, in
+            pixels; None skips the check that the losses' settings suit it.
+
+    Raises:
+        UserError: levels that cannot be paired, logits that cannot be compared, settings that
+            leave nothing to compare.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        student: nn.Module,
+        teacher: FrozenTeacher | None,
+        losses: Iterable[DistillLoss],
+        input_format: str | None = None,
+        smallest_batch: tuple[int, int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.distill = nn.ModuleList(losses)
+        self.teacher = teacher
+        self.pairs: dict[str, LevelPair] = {}
+        self._register_state_dict_hook(_drop_prefix)
+        self._register_load_state_dict_pre_hook(_restore_prefix)
+        if not self.distill:
+            return
+        if teacher is None:
+            raise UserError("distillation losses need a teacher")
+        formats = {input_format, teacher.input_format} - {None}
+        if not formats <= {"BGR", "RGB"} and len(formats) > 1:
+            raise UserError(f"student and teacher read different image formats: {sorted(formats)}")
+        self._flip_channels = len(formats) > 1
+        self._reads = frozenset().union(*(loss.reads for loss in self.distill))
+        self._student_adapter = find_adapter(student)
+        self._teacher_adapter = find_adapter(teacher.model)
+        if "features" in self._reads:
+            self._pair(smallest_batch)
+        if "logits" in self._reads:
+            self._check_logits()
+        self._recorder = Recorder(self._student_adapter.hook_points(student))
+        self.distill.to(next(student.parameters()).device)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        # The student first: it must find the random generators as it would without us.
+        student = build_student(cfg)
+        losses = build_losses(cfg)
+        teacher = build_teacher(cfg) if losses else None
+        return {
+            "student": student,
+            "teacher": teacher,
+            "losses": losses,
+            "input_format": cfg.INPUT.FORMAT,
+            "smallest_batch": _smallest_batch(cfg, student),
+        }
+
+    def _pair(self, smallest_batch: tuple[int, int, int] | None) -> None:
+        """Pair the levels that the losses read and let the losses build on them."""
+        mine = self._student_adapter.feature_shapes(self.student)
+        theirs = self._teacher_adapter.feature_shapes(self.teacher.model)
+        for loss in self.distill:
+            if "features" not in loss.reads:
+                continue
+            pairs = pair_levels(mine, theirs, loss.levels)
+            with own_random_stream():
+                loss.attach(pairs)
+            self.pairs.update(pairs)
+            if smallest_batch is not None:
+                batch, height, width = smallest_batch
+                for pair in pairs.values():
+                    rows, cols = (-(-side // pair.student_stride) for side in (height, width))
+                    loss.check_map(pair, (batch, rows, cols))
+        logger.info(f"Distillation, student <- teacher:\n{describe(self.pairs)}")
+
+    def _check_logits(self) -> None:
+        names = [type(x).__name__ for x in (self.student, self.teacher.model)]
+        readers = ", ".join(type(x).__name__ for x in self.distill if "logits" in x.reads)
+        if type(self._student_adapter) is not type(self._teacher_adapter):
+            raise UserError(
+                f"{readers} compares logits, and those of {names[0]} (student) and {names[1]} "
+                "(teacher) have nothing in common; take it out of MODEL.DISTILL.LOSSES"
+            )
+        mine = self._student_adapter.logit_signature(self.student)
+        theirs = self._teacher_adapter.logit_signature(self.teacher.model)
+        if mine != theirs:
+            differ = ", ".join(
+                f"{key} {mine[key]} (student) != {theirs[key]} (teacher)"
+                for key in mine
+                if mine[key] != theirs[key]
+            )
+            raise UserError(
+                f"{readers} compares logits row by row, but {differ}; make the two heads equal "
+                "or take it out of MODEL.DISTILL.LOSSES"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.student.parameters()).device
+
+    @property
+    def num_classes(self) -> int:
+        """Foreground classes that the student predicts."""
+        return find_adapter(self.student).num_classes(self.student)
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> DistillationModel:
+        # The teacher is no submodule, so that it is in nobody's state_dict; it has to follow the
+        # student between devices all the same.
+        super()._apply(fn)
+        if self.teacher is not None:
+            self.teacher.apply(fn)
+        return self
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """Detectron2's contract.
+
+        Args:
+            batched_inputs: as for any Detectron2 model.
+
+        Returns:
+            in training a dict of scalar losses; in inference what the student returns.
+        """
+        if not self.training or not self.distill:
+            return self.student(batched_inputs)
+        with self._recorder.recording() as record:
+            losses = dict(self.student(batched_inputs))
+            student = self._student_adapter.collect(self.student, record, self._reads)
+        teacher = self._teach(batched_inputs, student)
+        iteration = get_event_storage().iter
+        for loss in self.distill:
+            factor = loss.schedule(iteration)
+            for name, value in loss(student, teacher).items():
+                if name in losses:
+                    raise RuntimeError(f"two losses are called {name!r}")
+                losses[name] = value if factor == 1.0 else factor * value
+        return losses
+
+    @torch.no_grad()
+    def _teach(self, batched_inputs: list[dict[str, Any]], student: Taps) -> Taps:
+        if self._flip_channels:
+            batched_inputs = [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
+        teacher = self._teacher_adapter.run_teacher(
+            self.teacher.model, batched_inputs, student, self._reads
+        )
+        if self.pairs:
+            teacher.features = align(
+                teacher.features, student.features, self.pairs, student.padded_size
+            )
+        return teacher
+
+
+def _smallest_batch(cfg: CfgNode, student: nn.Module) -> tuple[int, int, int] | None:
+    """(B, height, width) of the smallest batch that a config can give one process, in pixels.
+
+    None where the config does not say: images that are not resized to a known short side.
+    """
+    if not min(cfg.INPUT.MIN_SIZE_TRAIN, default=0):
+        return None
+    divisor = max(student.backbone.size_divisibility, 1)
+    side = -(-min(cfg.INPUT.MIN_SIZE_TRAIN) // divisor) * divisor
+    return max(1, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()), side, side

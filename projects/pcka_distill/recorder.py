@@ -1,0 +1,67 @@
+"""Reading the inputs and outputs of submodules without touching the model's code."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Iterator, Mapping, NamedTuple
+
+from torch import nn
+
+__all__ = ["Call", "Recorder"]
+
+
+class Call(NamedTuple):
+    """One call of a module."""
+
+    args: tuple[Any, ...]
+    output: Any
+
+
+class _Tap:
+    """Keeps every call of one module while it is open.
+
+    Its bound method is the hook: unlike a closure it is copied and pickled together with the
+    module and with the recorder, so that a deep copy of the model records into itself.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.open = False
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # Returns None: the output passes on unchanged.
+        if self.open:
+            self.calls.append(Call(args, output))
+
+
+class Recorder:
+    """Forward hooks on named modules, set once, that record only inside :meth:`recording`.
+
+    All calls are kept, in order: a head that is shared by the levels of an FPN is called once a
+    level, a cascade's pooler once a stage.
+
+    Args:
+        modules: name -> module to listen to.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._taps = {name: _Tap() for name in modules}
+        for name, module in modules.items():
+            module.register_forward_hook(self._taps[name].hook)
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[dict[str, list[Call]]]:
+        """Record the calls made inside the block; nothing is kept after it, even on an error.
+
+        Yields:
+            name -> calls so far.
+        """
+        try:
+            for tap in self._taps.values():
+                tap.calls = []
+                tap.open = True
+            yield {name: tap.calls for name, tap in self._taps.items()}
+        finally:
+            for tap in self._taps.values():
+                tap.calls = []
+                tap.open = False
