@@ -1,0 +1,38 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+
+def version() -> str:
+    for line in (HERE / "projects/pcka_distill/__init__.py").read_text().splitlines():
+        if line.startswith("__version__"):
+            return line.split('"')[1]
+    raise RuntimeError("no __version__ in projects/pcka_distill/__init__.py")
+
+
+setup(
+    name="pcka_distill",
+    version=version(),
+    description="Detection distillation by centered kernel alignment, for Detectron2",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    package_dir={"": "projects"},
+    packages=find_packages("projects"),
+    # Detectron2 itself (v0.6 or later) is not listed: it has no release on the package index, and
+    # whoever has a GPU box has built the official one. README.md says how to install it.
+    install_requires=[
+        "torch>=1.13",
+        "fvcore",
+        "iopath",
+        "numpy",
+        "pycocotools",
+        "opencv-python-headless",
+        "scikit-learn",
+        "tqdm",
+    ],
+    extras_require={"plots": ["matplotlib"]},
+)

@@ -280,7 +280,13 @@ def test_undefined_cka_teaches_nothing():
 
 @pytest.mark.parametrize(
     ("shape", "patch"),
-    [((2, 3, 4, 4), 4), ((2, 3, 2, 3), 16), ((1, 3, 1, 1), 1), ((0, 3, 8, 8), 2), ((2, 0, 8, 8), 2)],
+    [
+        ((2, 3, 4, 4), 4),
+        ((2, 3, 2, 3), 16),
+        ((1, 3, 1, 1), 1),
+        ((0, 3, 8, 8), 2),
+        ((2, 0, 8, 8), 2),
+    ],
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pcka_of_one_patch_or_nothing(shape, patch, layout):

@@ -24,7 +24,7 @@ does not vary has CKA 0 and adds its full weight. The gradient is zero in both c
 from __future__ import annotations
 
 import contextlib
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Callable, Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
-from torch import Tensor, nn
+from torch import nn
 
 from pcka_distill.adapters import find_adapter
 from pcka_distill.build import build_losses, build_student, build_teacher, own_random_stream
@@ -89,17 +90,17 @@ class DistillationModel(nn.Module):
             return
         if teacher is None:
             raise UserError("distillation losses need a teacher")
-        formats = {input_format, teacher.input_format} - {None}
-        if not formats <= {"BGR", "RGB"} and len(formats) > 1:
+        formats = {x for x in (input_format, teacher.input_format) if x}
+        if len(formats) > 1 and formats != {"BGR", "RGB"}:
             raise UserError(f"student and teacher read different image formats: {sorted(formats)}")
         self._flip_channels = len(formats) > 1
-        self._reads = frozenset().union(*(loss.reads for loss in self.distill))
+        self._reads = frozenset(part for loss in self.losses for part in loss.reads)
         self._student_adapter = find_adapter(student)
         self._teacher_adapter = find_adapter(teacher.model)
         if "features" in self._reads:
-            self._pair(smallest_batch)
+            self._pair(teacher.model, smallest_batch)
         if "logits" in self._reads:
-            self._check_logits()
+            self._check_logits(teacher.model)
         self._recorder = Recorder(self._student_adapter.hook_points(student))
         self.distill.to(next(student.parameters()).device)
 
@@ -117,11 +118,11 @@ class DistillationModel(nn.Module):
             "smallest_batch": _smallest_batch(cfg, student),
         }
 
-    def _pair(self, smallest_batch: tuple[int, int, int] | None) -> None:
+    def _pair(self, teacher: nn.Module, smallest_batch: tuple[int, int, int] | None) -> None:
         """Pair the levels that the losses read and let the losses build on them."""
         mine = self._student_adapter.feature_shapes(self.student)
-        theirs = self._teacher_adapter.feature_shapes(self.teacher.model)
-        for loss in self.distill:
+        theirs = self._teacher_adapter.feature_shapes(teacher)
+        for loss in self.losses:
             if "features" not in loss.reads:
                 continue
             pairs = pair_levels(mine, theirs, loss.levels)
@@ -135,16 +136,16 @@ class DistillationModel(nn.Module):
                     loss.check_map(pair, (batch, rows, cols))
         logger.info(f"Distillation, student <- teacher:\n{describe(self.pairs)}")
 
-    def _check_logits(self) -> None:
-        names = [type(x).__name__ for x in (self.student, self.teacher.model)]
-        readers = ", ".join(type(x).__name__ for x in self.distill if "logits" in x.reads)
+    def _check_logits(self, teacher: nn.Module) -> None:
+        names = [type(x).__name__ for x in (self.student, teacher)]
+        readers = ", ".join(type(x).__name__ for x in self.losses if "logits" in x.reads)
         if type(self._student_adapter) is not type(self._teacher_adapter):
             raise UserError(
                 f"{readers} compares logits, and those of {names[0]} (student) and {names[1]} "
                 "(teacher) have nothing in common; take it out of MODEL.DISTILL.LOSSES"
             )
         mine = self._student_adapter.logit_signature(self.student)
-        theirs = self._teacher_adapter.logit_signature(self.teacher.model)
+        theirs = self._teacher_adapter.logit_signature(teacher)
         if mine != theirs:
             differ = ", ".join(
                 f"{key} {mine[key]} (student) != {theirs[key]} (teacher)"
@@ -157,13 +158,13 @@ class DistillationModel(nn.Module):
             )
 
     @property
-    def device(self) -> torch.device:
-        return next(self.student.parameters()).device
+    def losses(self) -> list[DistillLoss]:
+        """The distillation losses, in the order in which they are computed."""
+        return cast("list[DistillLoss]", list(self.distill))
 
     @property
-    def num_classes(self) -> int:
-        """Foreground classes that the student predicts."""
-        return find_adapter(self.student).num_classes(self.student)
+    def device(self) -> torch.device:
+        return next(self.student.parameters()).device
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> DistillationModel:
         # The teacher is no submodule, so that it is in nobody's state_dict; it has to follow the
@@ -187,9 +188,10 @@ class DistillationModel(nn.Module):
         with self._recorder.recording() as record:
             losses = dict(self.student(batched_inputs))
             student = self._student_adapter.collect(self.student, record, self._reads)
-        teacher = self._teach(batched_inputs, student)
+        assert self.teacher is not None  # with losses the constructor asks for one
+        teacher = self._teach(self.teacher.model, batched_inputs, student)
         iteration = get_event_storage().iter
-        for loss in self.distill:
+        for loss in self.losses:
             factor = loss.schedule(iteration)
             for name, value in loss(student, teacher).items():
                 if name in losses:
@@ -198,12 +200,10 @@ class DistillationModel(nn.Module):
         return losses
 
     @torch.no_grad()
-    def _teach(self, batched_inputs: list[dict[str, Any]], student: Taps) -> Taps:
+    def _teach(self, model: nn.Module, batched_inputs: list[dict[str, Any]], student: Taps) -> Taps:
         if self._flip_channels:
             batched_inputs = [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
-        teacher = self._teacher_adapter.run_teacher(
-            self.teacher.model, batched_inputs, student, self._reads
-        )
+        teacher = self._teacher_adapter.run_teacher(model, batched_inputs, student, self._reads)
         if self.pairs:
             teacher.features = align(
                 teacher.features, student.features, self.pairs, student.padded_size
@@ -211,7 +211,7 @@ class DistillationModel(nn.Module):
         return teacher
 
 
-def _smallest_batch(cfg: CfgNode, student: nn.Module) -> tuple[int, int, int] | None:
+def _smallest_batch(cfg: CfgNode, student: Any) -> tuple[int, int, int] | None:
     """(B, height, width) of the smallest batch that a config can give one process, in pixels.
 
     None where the config does not say: images that are not resized to a known short side.

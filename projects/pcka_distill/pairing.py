@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Mapping, Sequence
 
 import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
@@ -40,7 +40,9 @@ class LevelPair:
         if self.student_stride != self.teacher_stride:
             todo.append("teacher resized to the student's grid")
         if self.student_channels != self.teacher_channels:
-            todo.append(f"1x1 conv {self.student_channels} -> {self.teacher_channels} on the student")
+            todo.append(
+                f"1x1 conv {self.student_channels} -> {self.teacher_channels} on the student"
+            )
         return (
             f"{self.student} ({self.student_channels} channels, stride {self.student_stride}) <- "
             f"{self.teacher} ({self.teacher_channels} channels, stride {self.teacher_stride}): "

@@ -6,7 +6,8 @@ import logging
 import os
 import pickle
 import zipfile
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Collection, Mapping
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
@@ -67,7 +68,11 @@ class Adapter:
         return Taps(features=dict(call.output), padded_size=tuple(images.shape[-2:]))
 
     def run_teacher(
-        self, model: Any, batched_inputs: list[dict[str, Any]], student: Taps, reads: Collection[str]
+        self,
+        model: Any,
+        batched_inputs: list[dict[str, Any]],
+        student: Taps,
+        reads: Collection[str],
     ) -> Taps:
         """Run only those parts of a teacher that the losses read.
 

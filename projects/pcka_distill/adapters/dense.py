@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Collection
+from collections.abc import Collection
+from typing import Any
 
 from detectron2.modeling import RetinaNet
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
@@ -42,7 +43,11 @@ class RetinaNetAdapter(Adapter):
         return taps
 
     def run_teacher(
-        self, model: Any, batched_inputs: list[dict[str, Any]], student: Taps, reads: Collection[str]
+        self,
+        model: Any,
+        batched_inputs: list[dict[str, Any]],
+        student: Taps,
+        reads: Collection[str],
     ) -> Taps:
         features, size = self.teacher_features(model, batched_inputs, student.padded_size)
         taps = Taps(features=features, padded_size=size)
@@ -56,7 +61,11 @@ class RetinaNetAdapter(Adapter):
             # Cut to the student's extent, so that row i is the same anchor on both sides.
             strides = model.backbone.output_shape()
             logits = [
-                x[..., : -(-student.padded_size[0] // stride), : -(-student.padded_size[1] // stride)]
+                x[
+                    ...,
+                    : -(-student.padded_size[0] // stride),
+                    : -(-student.padded_size[1] // stride),
+                ]
                 for x, stride in zip(logits, (strides[f].stride for f in model.head_in_features))
             ]
             taps.logits = dict(zip(student.logits, self._groups(model, logits).values()))

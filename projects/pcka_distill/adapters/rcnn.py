@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Collection
+from collections.abc import Collection
+from typing import Any
 
 from detectron2.modeling import GeneralizedRCNN, StandardROIHeads
 from torch import nn
@@ -52,7 +53,11 @@ class RCNNAdapter(Adapter):
         return taps
 
     def run_teacher(
-        self, model: Any, batched_inputs: list[dict[str, Any]], student: Taps, reads: Collection[str]
+        self,
+        model: Any,
+        batched_inputs: list[dict[str, Any]],
+        student: Taps,
+        reads: Collection[str],
     ) -> Taps:
         features, size = self.teacher_features(model, batched_inputs, student.padded_size)
         taps = Taps(features=features, regions=student.regions, padded_size=size)

@@ -61,9 +61,7 @@ def _background(rng: np.random.Generator) -> np.ndarray:
         elif kind == 1:
             axes = rng.integers(5, size // 2, 2).tolist()
             start, sweep = rng.uniform(0, 360), rng.uniform(60, 270)
-            cv2.ellipse(
-                image, a, axes, 0, start, start + sweep, color, thickness, cv2.LINE_AA
-            )
+            cv2.ellipse(image, a, axes, 0, start, start + sweep, color, thickness, cv2.LINE_AA)
         else:
             cv2.rectangle(image, a, b, color, thickness)
     return image + rng.normal(0, rng.uniform(2, 8), image.shape).astype(np.float32)
@@ -212,14 +210,14 @@ def _load(split: str, name: str, root: str) -> list[dict[str, Any]]:
     return records
 
 
-def register_digits(root: str | None = None) -> None:
+def register_digits(root: str = "") -> None:
     """Register ``digits_{train,val,test}``; nothing is rendered until one is read.
 
     Args:
         root: the folder that holds ``digits/``; by default ``$DETECTRON2_DATASETS``, or
             ``datasets`` as everywhere in Detectron2.
     """
-    root = os.path.expanduser(root or os.getenv("DETECTRON2_DATASETS", "datasets"))
+    root = os.path.expanduser(root or os.environ.get("DETECTRON2_DATASETS", "datasets"))
     for split in SPLITS:
         name = f"digits_{split}"
         if name in DatasetCatalog:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from detectron2.utils.registry import Registry
+from fvcore.nn.weight_init import c2_xavier_fill
 from torch import Tensor, nn
 
 from pcka_distill.errors import UserError
@@ -119,8 +121,7 @@ class FeatureLoss(DistillLoss):
         for level, pair in pairs.items():
             if self._project or pair.student_channels != pair.teacher_channels:
                 conv = nn.Conv2d(pair.student_channels, pair.teacher_channels, kernel_size=1)
-                nn.init.kaiming_uniform_(conv.weight, a=1)
-                nn.init.zeros_(conv.bias)
+                c2_xavier_fill(conv)
                 self.projections[level] = conv
 
     def compare(self, level: str, student: Tensor, teacher: Tensor) -> Tensor:

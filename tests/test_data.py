@@ -1,0 +1,96 @@
+import json
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from pcka_distill.data import digits as module
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Fewer images, the same code."""
+    monkeypatch.setattr(
+        module, "SPLITS", {k: (12, seed, share) for k, (_, seed, share) in module.SPLITS.items()}
+    )
+
+
+def _files(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_deterministic_and_made_once(small, tmp_path):
+    a, b = module.ensure_digits(tmp_path / "a"), module.ensure_digits(tmp_path / "b")
+    assert _files(a) == _files(b)
+    before = {p: p.stat().st_mtime_ns for p in a.rglob("*")}
+    module.ensure_digits(tmp_path / "a")
+    assert {p: p.stat().st_mtime_ns for p in a.rglob("*")} == before
+
+
+def test_another_version_is_rendered_again(small, tmp_path):
+    folder = module.ensure_digits(tmp_path)
+    (folder / "version").write_text("0")
+    (folder / "train" / "00000.png").unlink()
+    module.ensure_digits(tmp_path)
+    assert (folder / "train" / "00000.png").is_file()
+
+
+def test_interrupted_rendering_leaves_nothing(small, tmp_path, monkeypatch):
+    calls = []
+    real = module._render_split
+
+    def fail_late(folder, split):
+        calls.append(split)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        real(folder, split)
+
+    monkeypatch.setattr(module, "_render_split", fail_late)
+    with pytest.raises(KeyboardInterrupt):
+        module.ensure_digits(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_digit_is_in_two_splits():
+    total = 1797
+    ranges = [range(round(a * total), round(b * total)) for _, _, (a, b) in module.SPLITS.values()]
+    assert sorted(i for r in ranges for i in r) == list(range(total))
+
+
+def test_annotations_fit_the_images(digits):
+    root = MetadataCatalog.get("digits_train").image_root
+    assert len(digits) == 1500
+    assert 2 <= np.mean([len(x["annotations"]) for x in digits]) <= 5
+    assert {a["category_id"] for x in digits for a in x["annotations"]} == set(range(10))
+    for record in digits[:50]:
+        assert record["file_name"].startswith(root)
+        assert Image.open(record["file_name"]).size == (96, 96)
+        for a in record["annotations"]:
+            x, y, w, h = a["bbox"]
+            assert w > 3 and h > 3 and x >= 0 and y >= 0 and x + w <= 96 and y + h <= 96
+
+
+def test_digits_stand_out_from_the_background(digits):
+    """The masks lie on the digits: their pixels differ from those around them in the box."""
+    import pycocotools.mask as mask_util
+
+    contrast = []
+    for record in digits[:100]:
+        image = np.asarray(Image.open(record["file_name"]).convert("L"), dtype=float)
+        for a in record["annotations"]:
+            mask = mask_util.decode(a["segmentation"]).astype(bool)
+            x, y, w, h = (int(v) for v in a["bbox"])
+            box = np.zeros_like(mask)
+            box[y : y + h, x : x + w] = True
+            if (box & ~mask).sum() > 10:
+                contrast.append(abs(image[mask].mean() - image[box & ~mask].mean()))
+    assert np.median(contrast) > 25
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_splits_are_registered(split):
+    records = DatasetCatalog.get(f"digits_{split}")
+    assert len(records) == 300
+    content = json.loads(open(MetadataCatalog.get(f"digits_{split}").json_file).read())
+    assert [c["name"] for c in content["categories"]] == module.CLASSES

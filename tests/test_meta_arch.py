@@ -1,0 +1,474 @@
+"""A student, a teacher and losses together, on the real adapters."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.modeling import Backbone, build_model
+from detectron2.modeling.roi_heads import Res5ROIHeads
+from detectron2.solver import build_optimizer
+from detectron2.utils.events import EventStorage
+from helpers import FAMILIES, digits_cfg, distill_cfg, make_batch
+from torch import nn
+
+from pcka_distill import (
+    DistillationModel,
+    DistillLoss,
+    FrozenTeacher,
+    MimicLoss,
+    PCKALoss,
+    RCKALoss,
+    UserError,
+    student_config,
+)
+
+LOSSES = ["PCKALoss", "RCKALoss", "MimicLoss"]
+TERMS = {
+    "PCKALoss": ["loss_pcka_p3", "loss_pcka_p4", "loss_pcka_p5"],
+    "RCKALoss": ["loss_rcka_intra", "loss_rcka_inter"],
+    "MimicLoss": ["loss_mimic_p3", "loss_mimic_p4", "loss_mimic_p5"],
+}
+
+
+def build(family, teacher_files, losses=("PCKALoss",), *opts, seed=0):
+    torch.manual_seed(seed)
+    cfg = distill_cfg(family, teacher_files[family], "MODEL.DISTILL.LOSSES", list(losses), *opts)
+    return build_model(cfg)
+
+
+def stock(family, seed=0):
+    """What stock Detectron2 builds of the student's config."""
+    torch.manual_seed(seed)
+    return build_model(digits_cfg(f"{family}_student"))
+
+
+def step(model, batch, seed=1):
+    torch.manual_seed(seed)
+    with EventStorage(0):
+        return model(batch)
+
+
+def train(model, steps):
+    optimizer = build_optimizer(digits_cfg("retinanet_student", "SOLVER.BASE_LR", 1e-3), model)
+    history = []
+    torch.manual_seed(5)
+    for i in range(steps):
+        with EventStorage(i):
+            losses = model(make_batch(i))
+        history.append({k: v.item() for k, v in losses.items()})
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    return history
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("losses", [[name] for name in LOSSES] + [LOSSES])
+def test_every_family_with_every_loss(family, losses, teacher_files, batch):
+    model = build(family, teacher_files, losses)
+    out = step(model, batch)
+    own = step(stock(family), batch)
+    assert sorted(out) == sorted([*own, *(term for name in losses for term in TERMS[name])])
+    # Reading the student does not change what it computes.
+    assert all(torch.equal(out[k], own[k]) for k in own)
+    distilled = [v for k, v in out.items() if k not in own]
+    assert all(torch.isfinite(v) and v > 0 for v in distilled)
+    sum(distilled).backward()
+    assert model.student.backbone.bottom_up.stem.conv1.weight.grad.abs().sum() > 0
+    # Every adapter learns: an unused parameter is an error under DDP.
+    assert all(p.grad is not None for p in model.distill.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_like_its_teacher_has_nothing_to_learn(family, teacher_files, batch):
+    model = build(family, teacher_files, ["PCKALoss", "RCKALoss"])
+    model.student.load_state_dict(torch.load(teacher_files[family])["model"])
+    # BatchNorm of the teacher uses its running statistics.
+    for m in model.student.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.eval()
+    out = step(model, batch)
+    for name in (*TERMS["PCKALoss"], *TERMS["RCKALoss"]):
+        assert out[name] < 1e-5, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weight_zero_is_stock_detectron2_bit_for_bit(family, teacher_files):
+    zero = [x for n in ("PCKA", "RCKA", "MIMIC") for x in (f"MODEL.DISTILL.{n}.WEIGHT", 0.0)]
+    ours, theirs = build(family, teacher_files, LOSSES, *zero), stock(family)
+    assert train(ours, 4) == train(theirs, 4)
+    a, b = ours.state_dict(), theirs.state_dict()
+    assert list(a) == list(b)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_distillation_changes_nothing_but_the_gradient(family, teacher_files):
+    """Same initial student, same sampled regions, same random stream afterwards."""
+    ours, theirs = build(family, teacher_files, LOSSES), stock(family)
+    first, second = train(ours, 1)[0], train(theirs, 1)[0]
+    assert {k: first[k] for k in second} == second
+    for model in (ours, theirs):
+        step(model, make_batch())
+        model.after = torch.rand(3)
+    assert torch.equal(ours.after, theirs.after)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_teacher_stays_out_and_stays_frozen(family, teacher_files, batch):
+    model = build(family, teacher_files, LOSSES)
+    teacher = model.teacher.model
+    ids = {id(p) for p in teacher.parameters()}
+    assert not ids & {id(p) for p in model.parameters()}
+    assert not ids & {id(p) for g in build_optimizer(get_cfg(), model).param_groups for p in g["params"]}
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    model.train()
+    train(model, 3)
+    assert not any(m.training for m in teacher.modules())
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+def test_the_teacher_follows_between_devices(teacher_files):
+    model = build("retinanet", teacher_files)
+    model.double()
+    assert next(model.teacher.model.parameters()).dtype == torch.float64
+    assert model.to("meta").teacher.model.head.cls_score.weight.device.type == "meta"
+
+
+def _count_calls(module, counts, name):
+    module.register_forward_hook(lambda *_: counts.__setitem__(name, counts.get(name, 0) + 1))
+
+
+@pytest.mark.parametrize(
+    ("family", "losses", "expected"),
+    [
+        ("retinanet", ["PCKALoss", "MimicLoss"], {"backbone": 1}),
+        # once a level; the box branch never
+        ("retinanet", LOSSES, {"backbone": 1, "cls_score": 3}),
+        ("faster_rcnn", ["PCKALoss", "MimicLoss"], {"backbone": 1}),
+        ("faster_rcnn", LOSSES, {"backbone": 1, "box_pooler": 1, "box_head": 1}),
+    ],
+)
+def test_only_what_a_loss_reads_is_run(family, losses, expected, teacher_files, batch):
+    model = build(family, teacher_files, losses)
+    teacher, counts = model.teacher.model, {}
+    parts = {"backbone": teacher.backbone}
+    if family == "retinanet":
+        parts |= {"cls_score": teacher.head.cls_score, "bbox_pred": teacher.head.bbox_pred}
+    else:
+        heads = teacher.roi_heads
+        parts |= {"box_pooler": heads.box_pooler, "box_head": heads.box_head}
+        parts |= {"rpn": teacher.proposal_generator.rpn_head}
+    for name, part in parts.items():
+        _count_calls(part, counts, name)
+    step(model, batch)
+    assert counts == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inference_is_the_student_alone(family, teacher_files, batch):
+    model = build(family, teacher_files, LOSSES).eval()
+    alone = stock(family).eval()
+    counts = {}
+    _count_calls(model.teacher.model.backbone, counts, "teacher")
+    with torch.no_grad():
+        ours, theirs = model(batch), alone(batch)
+    assert not counts
+    for a, b in zip(ours, theirs):
+        assert torch.equal(a["instances"].pred_boxes.tensor, b["instances"].pred_boxes.tensor)
+        assert torch.equal(a["instances"].scores, b["instances"].scores)
+
+
+# ---- checkpoints -----------------------------------------------------------------------------
+
+
+def _incompatible(model, path):
+    found = {}
+
+    class Spy(DetectionCheckpointer):
+        def _log_incompatible_keys(self, incompatible):
+            found["x"] = incompatible
+
+    Spy(model).load(str(path))
+    return found["x"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_is_the_students(family, teacher_files, tmp_path):
+    model = build(family, teacher_files, LOSSES, seed=3)
+    DetectionCheckpointer(model, str(tmp_path)).save("model_final")
+    alone = stock(family)
+    result = _incompatible(alone, tmp_path / "model_final.pth")
+    assert not result.missing_keys and not result.incorrect_shapes
+    # Beside the student there are only the 1x1 adapters; of the teacher there is nothing.
+    assert sorted(result.unexpected_keys) == sorted(
+        f"distill.2.projections.{p}.{x}" for p in ("p3", "p4", "p5") for x in ("weight", "bias")
+    )
+    for key, value in alone.state_dict().items():
+        assert torch.equal(value, model.student.state_dict()[key])
+    again = build(family, teacher_files, LOSSES, seed=4)
+    result = _incompatible(again, tmp_path / "model_final.pth")
+    assert not any((result.missing_keys, result.unexpected_keys, result.incorrect_shapes))
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key])
+
+
+def test_without_adapters_the_checkpoint_is_the_stock_one(teacher_files):
+    model = build("retinanet", teacher_files)
+    assert list(model.state_dict()) == list(stock("retinanet").state_dict())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stock_checkpoint_loads_into_the_student(family, teacher_files, tmp_path):
+    alone = stock(family, seed=9)
+    torch.save({"model": alone.state_dict()}, tmp_path / "zoo.pth")
+    model = build(family, teacher_files, LOSSES)
+    result = _incompatible(model, tmp_path / "zoo.pth")
+    assert all(k.startswith("distill.") for k in result.missing_keys)
+    assert not result.unexpected_keys and not result.incorrect_shapes
+    for key, value in alone.state_dict().items():
+        assert torch.equal(model.student.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_imagenet_backbone_loads_into_the_student(family, teacher_files, tmp_path):
+    """As R-50.pkl: names without any prefix, matched by Detectron2's heuristics."""
+    source = stock(family, seed=9).backbone.bottom_up.state_dict()
+    content = {
+        "model": {k: v.numpy() for k, v in source.items()},
+        "__author__": "test",
+        "matching_heuristics": True,
+    }
+    (tmp_path / "R.pkl").write_bytes(pickle.dumps(content))
+    model = build(family, teacher_files, LOSSES)
+    result = _incompatible(model, tmp_path / "R.pkl")
+    assert not result.incorrect_shapes and not result.unexpected_keys
+    for key, value in source.items():
+        assert torch.equal(model.student.backbone.bottom_up.state_dict()[key], value), key
+
+
+# ---- copies ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_work_and_are_independent(clone, teacher_files, batch):
+    model = build("faster_rcnn", teacher_files, LOSSES)
+    expected = step(model, batch)
+    twin = clone(model)
+    for p in model.student.parameters():
+        p.data.zero_()
+    out = step(twin, batch)
+    assert {k: v.item() for k, v in out.items()} == {k: v.item() for k, v in expected.items()}
+
+
+# ---- unequal pairs ---------------------------------------------------------------------------
+
+
+def unequal(student_opts=(), teacher_opts=(), losses=None, **kwargs):
+    student = build_model(digits_cfg("retinanet_student", *student_opts))
+    teacher = build_model(digits_cfg("retinanet_student", *teacher_opts))
+    return DistillationModel(
+        student=student,
+        teacher=FrozenTeacher(teacher, **kwargs.pop("teacher_kwargs", {})),
+        losses=losses or [PCKALoss(patch_size=2, layout="sample"), MimicLoss()],
+        **kwargs,
+    )
+
+
+def test_other_channels(batch):
+    model = unequal(teacher_opts=["MODEL.FPN.OUT_CHANNELS", 32])
+    out = step(model, batch)
+    sum(v for k, v in out.items() if "pcka" in k).backward()
+    assert model.distill[0].projections["p4"].weight.shape == (32, 64, 1, 1)
+    assert model.distill[0].projections["p4"].weight.grad.abs().sum() > 0
+    assert model.student.backbone.bottom_up.stem.conv1.weight.grad.abs().sum() > 0
+
+
+def test_other_levels_and_strides(batch):
+    """The teacher's pyramid starts one level later: p3 learns from its p4, resized."""
+    late = ["MODEL.RESNETS.OUT_FEATURES", ["res4", "res5"], "MODEL.FPN.IN_FEATURES", ["res4", "res5"],
+            "MODEL.RETINANET.IN_FEATURES", ["p4", "p5"],
+            "MODEL.ANCHOR_GENERATOR.SIZES", [[26], [42]]]  # fmt: skip
+    losses = [PCKALoss(levels=("p3", "p4"), patch_size=2, layout="sample")]
+    model = unequal(teacher_opts=late, losses=losses)
+    assert [(p.student, p.teacher) for p in model.pairs.values()] == [("p3", "p4"), ("p4", "p4")]
+    assert {"loss_pcka_p3", "loss_pcka_p4"} <= set(step(model, batch))
+
+
+def test_two_stage_teacher_of_a_one_stage_student(batch):
+    student = build_model(digits_cfg("retinanet_student"))
+    teacher = FrozenTeacher(build_model(digits_cfg("faster_rcnn_student")))
+    model = DistillationModel(
+        student=student, teacher=teacher, losses=[PCKALoss(patch_size=2, layout="sample")]
+    )
+    assert "loss_pcka_p5" in step(model, batch)
+    with pytest.raises(UserError, match="RCKALoss compares logits, and those of RetinaNet"):
+        DistillationModel(student=student, teacher=teacher, losses=[RCKALoss()])
+
+
+class PoolingBackbone(Backbone):
+    """Exact features without a receptive field beyond the cell: average pools of the image."""
+
+    size_divisibility = 32
+
+    def __init__(self, size_divisibility):
+        super().__init__()
+        self.size_divisibility = size_divisibility
+        self._out_features = ["p3", "p4", "p5"]
+        self._out_feature_strides = {"p3": 8, "p4": 16, "p5": 32}
+        self._out_feature_channels = dict.fromkeys(self._out_features, 64)
+
+    def forward(self, x):
+        pools = {k: nn.functional.avg_pool2d(x, s) for k, s in self._out_feature_strides.items()}
+        return {k: v.repeat(1, 22, 1, 1)[:, :64] for k, v in pools.items()}
+
+
+class Probe(DistillLoss):
+    """Keeps what a loss is given."""
+
+    reads = frozenset({"features", "logits"})
+
+    def forward(self, student, teacher):
+        self.student, self.teacher = student, teacher
+        return {}
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [(32, 32), (32, 64), (64, 32)])
+def test_other_padding_is_not_compared_misaligned(mine, theirs):
+    """96 x 128 images, padded to 128 x 128 on one side only: the same pixels face each other."""
+    torch.manual_seed(0)
+    model = unequal(losses=[Probe()])
+    model.student.backbone = PoolingBackbone(mine)
+    model.teacher.model.backbone = PoolingBackbone(theirs)
+    model = DistillationModel(
+        student=model.student, teacher=model.teacher, losses=[Probe()], input_format="BGR"
+    )
+    model.student.load_state_dict(model.teacher.model.state_dict())
+    for m in model.student.modules():
+        if isinstance(m, nn.GroupNorm):
+            # It averages over the map, padding included.
+            m.forward = lambda x: x
+    for m in model.teacher.model.modules():
+        if isinstance(m, nn.GroupNorm):
+            m.forward = lambda x: x
+    step(model, make_batch(sizes=((96, 128), (96, 128))))
+    student, teacher = model.losses[0].student, model.losses[0].teacher
+    for level, x in student.features.items():
+        assert torch.equal(x, teacher.features[level])
+        rows = x.shape[-2]
+        a, b = (t.logits[level].reshape(2, rows, -1) for t in (student, teacher))
+        # The head's two 3 x 3 convolutions look two cells beyond the cut.
+        torch.testing.assert_close(a[:, : rows - 2], b[:, : rows - 2])
+
+
+def test_channel_order_is_translated(batch):
+    """The teacher was trained on RGB: it must see the reversed channels of the student's BGR."""
+    seen = {}
+    model = unequal(teacher_kwargs={"input_format": "RGB"}, input_format="BGR")
+    model.teacher.model.backbone.register_forward_pre_hook(lambda m, a: seen.update(x=a[0]))
+    step(model, batch)
+    expected = (batch[0]["image"].flip(0) - 127.5) / 64
+    torch.testing.assert_close(seen["x"][0], expected)
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["MODEL.RETINANET.NUM_CLASSES", 7], r"classes 10 \(student\) != 7 \(teacher\)"),
+        (["MODEL.ANCHOR_GENERATOR.SIZES", [[14], [26], [42]]], "anchors a cell"),
+    ],
+)
+def test_logits_that_cannot_be_compared(opts, message):
+    with pytest.raises(UserError, match=message):
+        unequal(teacher_opts=opts, losses=[RCKALoss()])
+    # Features do not mind.
+    unequal(teacher_opts=opts)
+
+
+def test_unsupported_models_name_the_supported(batch):
+    with pytest.raises(UserError, match="no adapter for Linear: supported are GeneralizedRCNN, Ret"):
+        DistillationModel(
+            student=nn.Linear(1, 1), teacher=FrozenTeacher(nn.Linear(1, 1)), losses=[PCKALoss()]
+        )
+    student = build_model(digits_cfg("faster_rcnn_student"))
+    student.roi_heads.__class__ = Res5ROIHeads
+    with pytest.raises(UserError, match="no adapter for Res5ROIHeads"):
+        DistillationModel(student=student, teacher=FrozenTeacher(student), losses=[PCKALoss()])
+
+
+# ---- hard input ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_without_objects(family, teacher_files, empty_batch, batch):
+    model = build(family, teacher_files, LOSSES)
+    for inputs in (empty_batch, [empty_batch[0], batch[1]], batch[:1]):
+        out = step(model, inputs)
+        sum(out.values()).backward()
+        assert all(torch.isfinite(v) for v in out.values())
+
+
+@pytest.mark.parametrize("regions", [0, 1])
+def test_no_or_one_region(regions, teacher_files, batch):
+    model = build("faster_rcnn", teacher_files, ["RCKALoss"])
+    sampler = model.student.roi_heads.label_and_sample_proposals
+
+    def few(proposals, targets):
+        return [x[: regions if i == 0 else 0] for i, x in enumerate(sampler(proposals, targets))]
+
+    model.student.roi_heads.label_and_sample_proposals = few
+    out = step(model, batch)
+    sum(v for k, v in out.items() if "rcka" in k).backward()
+    assert out["loss_rcka_intra"].item() == out["loss_rcka_inter"].item() == 0
+
+
+def test_mask_rcnn(teacher_files, digits):
+    """Masks are the student's own affair: the teacher's mask head is never run."""
+    from detectron2.data import DatasetMapper
+
+    opts = ["MODEL.MASK_ON", True]
+    cfg = digits_cfg("faster_rcnn_student", *opts)
+    mapper = DatasetMapper(cfg, is_train=True)
+    inputs = [mapper(digits[0]), mapper(digits[1])]
+    student, teacher = build_model(cfg), build_model(cfg)
+    counts = {}
+    _count_calls(teacher.roi_heads.mask_head, counts, "mask")
+    model = DistillationModel(
+        student=student, teacher=FrozenTeacher(teacher), losses=[PCKALoss(patch_size=2), RCKALoss()]
+    )
+    out = step(model, inputs)
+    assert {"loss_mask", "loss_pcka_p3", "loss_rcka_intra"} <= set(out)
+    assert not counts
+
+
+def test_warm_up_reads_the_iteration(teacher_files, batch):
+    full = build("retinanet", teacher_files)
+    warming = build("retinanet", teacher_files, ["PCKALoss"], "MODEL.DISTILL.PCKA.WARMUP_ITERS", 10)
+    for iteration, factor in ((0, 0.1), (4, 0.5), (20, 1.0)):
+        with EventStorage(iteration):
+            a, b = full(batch)["loss_pcka_p3"], warming(batch)["loss_pcka_p3"]
+        torch.testing.assert_close(b, factor * a)
+
+
+def test_nothing_recorded_is_kept(teacher_files, batch):
+    model = build("faster_rcnn", teacher_files, LOSSES)
+    step(model, batch)
+    assert all(not tap.calls for tap in model._recorder._taps.values())
+
+
+def test_losses_need_a_teacher():
+    student = build_model(digits_cfg("retinanet_student"))
+    with pytest.raises(UserError, match="need a teacher"):
+        DistillationModel(student=student, teacher=None, losses=[PCKALoss()])
+
+
+def test_student_config_is_stock(teacher_files):
+    cfg = distill_cfg("retinanet", teacher_files["retinanet"])
+    assert student_config(cfg).MODEL.META_ARCHITECTURE == "RetinaNet"
+    cfg.MODEL.DISTILL.STUDENT_ARCHITECTURE = "RetinaNett"
+    with pytest.raises(UserError, match="STUDENT_ARCHITECTURE is 'RetinaNett'"):
+        student_config(cfg)

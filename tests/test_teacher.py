@@ -1,0 +1,156 @@
+import logging
+import pickle
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from helpers import digits_cfg, distill_cfg
+
+from pcka_distill import FrozenTeacher, UserError, load_teacher_weights
+from pcka_distill.build import build_teacher
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return build_model(digits_cfg("retinanet_student"))
+
+
+@pytest.fixture
+def state(teacher_files):
+    return torch.load(teacher_files["retinanet"])["model"]
+
+
+def save(tmp_path, state):
+    path = tmp_path / "teacher.pth"
+    torch.save({"model": state}, path)
+    return str(path)
+
+
+def test_all_of_it_is_loaded(model, state, tmp_path):
+    assert load_teacher_weights(model, save(tmp_path, state)) == len(state)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key]), key
+
+
+def _missing(state):
+    del state["head.cls_score.weight"], state["backbone.fpn_lateral3.weight"]
+    return "2 missing in the file: backbone.fpn_lateral3.weight, head.cls_score.weight"
+
+
+def _shape(state):
+    state["head.cls_score.weight"] = state["head.cls_score.weight"][:30]
+    return r"1 of another shape .*: head.cls_score.weight \(30, 64, 3, 3\) != \(40, 64, 3, 3\)"
+
+
+def _unexpected(state):
+    """As when the weights of an R101 are loaded into an R50: nothing is missing."""
+    state["backbone.bottom_up.res4.22.conv1.weight"] = torch.zeros(1)
+    return "1 unknown to the model: backbone.bottom_up.res4.22.conv1.weight"
+
+
+@pytest.mark.parametrize("spoil", [_missing, _shape, _unexpected])
+def test_anything_less_is_refused_and_named(model, state, tmp_path, spoil, caplog):
+    message = spoil(state)
+    path = save(tmp_path, state)
+    with pytest.raises(UserError, match=message) as e:
+        load_teacher_weights(model, path)
+    assert "\n" not in str(e.value) and "ALLOW_PARTIAL" in str(e.value)
+    with caplog.at_level(logging.WARNING, "pcka_distill.teacher"):
+        logging.getLogger("pcka_distill").propagate = True
+        load_teacher_weights(model, path, allow_partial=True)
+    assert "Going on, as MODEL.DISTILL.TEACHER.ALLOW_PARTIAL is set" in caplog.text
+
+
+def test_what_a_distilled_student_has_beside_it_is_no_problem(model, state, tmp_path):
+    state["distill.0.projections.p3.weight"] = torch.zeros(1)
+    load_teacher_weights(model, save(tmp_path, state))
+
+
+def test_imagenet_backbone_is_no_teacher(model, tmp_path):
+    """A pickle whose names are only matched by heuristics, and that has no head."""
+    keys = {k: v.numpy() for k, v in model.backbone.bottom_up.state_dict().items()}
+    path = tmp_path / "backbone.pkl"
+    content = {"model": keys, "__author__": "test", "matching_heuristics": True}
+    path.write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match=r"missing in the file: .*fpn"):
+        load_teacher_weights(model, str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "teacher weights not found"),
+        (b"", "cannot be read"),
+        (b"not a checkpoint", "cannot be read"),
+        (pickle.dumps(["a", "list"]), "cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_files_that_are_no_checkpoint(model, tmp_path, content, message, suffix):
+    path = tmp_path / f"x{suffix}"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as e:
+        load_teacher_weights(model, str(path))
+    assert "\n" not in str(e.value) and "MODEL.DISTILL.TEACHER.WEIGHTS" in str(e.value)
+
+
+def test_truncated_checkpoint(model, state, tmp_path):
+    path = save(tmp_path, state)
+    data = open(path, "rb").read()
+    open(path, "wb").write(data[: len(data) // 2])
+    with pytest.raises(UserError, match="cannot be read"):
+        load_teacher_weights(model, path)
+
+
+def test_no_weights_named(model):
+    with pytest.raises(UserError, match="set MODEL.DISTILL.TEACHER.WEIGHTS"):
+        load_teacher_weights(model, "")
+
+
+def test_frozen(model):
+    teacher = FrozenTeacher(model)
+    assert not model.training
+    assert not any(p.requires_grad for p in teacher.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["MODEL.DISTILL.TEACHER.CONFIG_FILE", ""], "the teacher has no config"),
+        (["MODEL.DISTILL.TEACHER.CONFIG_FILE", "no/such.yaml"], "neither a file nor a name"),
+        (["MODEL.DISTILL.TEACHER.OPTS", ["MODEL.RETINANETT.X", 1]], "override of the teacher"),
+        (["MODEL.DISTILL.TEACHER.OPTS", ["MODEL.RETINANET.NUM_CLASSES", 80]], "another shape"),
+    ],
+)
+def test_teacher_configs_that_cannot_work(teacher_files, opts, message):
+    with pytest.raises(UserError, match=message):
+        build_teacher(distill_cfg("retinanet", teacher_files["retinanet"], *opts))
+
+
+def test_a_zoo_name_brings_its_own_weights(teacher_files, monkeypatch):
+    """Without a network: only what would be loaded."""
+    asked = []
+    monkeypatch.setattr(
+        "pcka_distill.build.load_teacher_weights",
+        lambda model, path, allow_partial: asked.append(path) or 0,
+    )
+    cfg = distill_cfg("retinanet", "")
+    cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+    teacher = build_teacher(cfg)
+    assert type(teacher.model).__name__ == "RetinaNet"
+    assert asked[0].startswith("https://") and asked[0].endswith(".pkl")
+
+
+def test_overrides_reach_the_teacher(teacher_files):
+    opts = ["MODEL.DISTILL.TEACHER.OPTS", ["MODEL.RETINANET.SCORE_THRESH_TEST", 0.5]]
+    teacher = build_teacher(distill_cfg("retinanet", teacher_files["retinanet"], *opts))
+    assert teacher.model.test_score_thresh == 0.5
+
+
+def test_building_a_teacher_moves_no_random_generator(teacher_files):
+    cfg = distill_cfg("retinanet", teacher_files["retinanet"])
+    before = torch.get_rng_state()
+    build_teacher(cfg)
+    assert torch.equal(torch.get_rng_state(), before)
