@@ -6,6 +6,7 @@ import argparse
 import difflib
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -40,6 +41,7 @@ from pcka_distill.build import (
     student_config,
 )
 from pcka_distill.errors import UserError
+from pcka_distill.meta_arch import DistillationModel
 
 __all__ = ["Trainer", "main", "setup"]
 
@@ -177,23 +179,6 @@ class Trainer(DefaultTrainer):
             "in MetadataCatalog to coco, lvis or pascal_voc"
         )
 
-    @classmethod
-    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> Any:
-        results = super().test(cfg, model, evaluators)
-        if comm.is_main_process():
-            names = cfg.DATASETS.TEST
-            by_dataset = {names[0]: results} if len(names) == 1 else results
-            if isinstance(model, nn.parallel.DistributedDataParallel):
-                model = model.module
-            student = getattr(model, "student", model)
-            content = {
-                "parameters": sum(p.numel() for p in student.parameters()),
-                "results": by_dataset,
-            }
-            with open(os.path.join(cfg.OUTPUT_DIR, "results.json"), "w") as f:
-                json.dump(content, f, indent=1)
-        return results
-
     def build_hooks(self) -> list[HookBase | None]:
         hooks: list[HookBase | None] = super().build_hooks()
         # First, so that checkpoints hold the seconds of the step they were made after.
@@ -208,13 +193,18 @@ class Trainer(DefaultTrainer):
             self.start_iter = self.iter + 1
 
 
-def _check_classes(cfg: CfgNode, model: nn.Module) -> None:
-    """Refuse a head whose number of classes is not the dataset's."""
+def _student(model: nn.Module) -> nn.Module:
+    """The student in a distilled model; any other model itself."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
-    model = getattr(model, "student", model)
+    return model.student if isinstance(model, DistillationModel) else model
+
+
+def _check_classes(cfg: CfgNode, model: nn.Module) -> None:
+    """Refuse a head whose number of classes is not the dataset's."""
+    student = _student(model)
     try:
-        count = find_adapter(model).num_classes(model)
+        count = find_adapter(student).num_classes(student)
     except UserError:
         # A plain model of a family that we cannot distil can still be trained.
         return
@@ -304,8 +294,36 @@ def setup(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
+def _write_results(
+    cfg: CfgNode, model: nn.Module, results: dict[str, Any], **facts: float
+) -> None:
+    """Write OUTPUT_DIR/results.json: the end of a run, for programs to read."""
+    if not comm.is_main_process():
+        return
+    names = cfg.DATASETS.TEST
+    by_dataset = {names[0]: results} if len(names) == 1 else results
+    content = {
+        "parameters": sum(p.numel() for p in _student(model).parameters()),
+        **facts,
+        # dataset -> task -> metric; what COCO cannot compute (no large objects) is null
+        "results": {
+            name: {
+                task: {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+                for task, metrics in tasks.items()
+            }
+            for name, tasks in by_dataset.items()
+        },
+    }
+    with open(os.path.join(cfg.OUTPUT_DIR, "results.json"), "w") as f:
+        json.dump(content, f, indent=1)
+
+
 def main(args: argparse.Namespace) -> Any:
-    """Train, or with ``--eval-only`` evaluate, what the config describes."""
+    """Train, or with ``--eval-only`` evaluate, what the config describes.
+
+    Returns:
+        the metrics of ``DATASETS.TEST``, also written to ``OUTPUT_DIR/results.json``.
+    """
     cfg = setup(args)
     if args.eval_only:
         # The student alone: no teacher is built or needed.
@@ -313,7 +331,12 @@ def main(args: argparse.Namespace) -> Any:
         _resume_or_load(
             StudentCheckpointer(model, save_dir=cfg.OUTPUT_DIR), cfg.MODEL.WEIGHTS, args.resume
         )
-        return Trainer.test(cfg, model)
+        results = Trainer.test(cfg, model)
+        _write_results(cfg, model, results)
+        return results
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+    trainer.train()
+    results = trainer._last_eval_results
+    _write_results(cfg, trainer.model, results, train_seconds=trainer.stopwatch.seconds)
+    return results

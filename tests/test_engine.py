@@ -1,0 +1,238 @@
+"""Whole runs through the same entry as tools/train_net.py, on the digits set."""
+
+import glob
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.engine import default_argument_parser
+from detectron2.modeling import build_model
+from helpers import FAMILIES, REPO, make_batch
+
+from pcka_distill import UserError
+from pcka_distill.engine import Trainer, main, setup
+
+pytestmark = pytest.mark.usefixtures("digits")
+
+
+def arguments(config, output, *opts, flags=()):
+    opts = [*opts, "OUTPUT_DIR", str(output), "TEST.EVAL_PERIOD", "0"]
+    path = str(REPO / "configs" / "Digits" / f"{config}.yaml")
+    return default_argument_parser().parse_args(
+        ["--config-file", path, *flags, *(str(x) for x in opts)]
+    )
+
+
+def distill_arguments(family, teacher, output, *opts, flags=()):
+    return arguments(
+        f"{family}_pcka_mimic",
+        output,
+        "MODEL.DISTILL.TEACHER.CONFIG_FILE",
+        REPO / "configs" / "Digits" / f"{family}_student.yaml",
+        "MODEL.DISTILL.TEACHER.WEIGHTS",
+        teacher,
+        "SOLVER.MAX_ITER",
+        4,
+        "SOLVER.CHECKPOINT_PERIOD",
+        2,
+        *opts,
+        flags=flags,
+    )
+
+
+def metrics(output):
+    return {k for line in open(output / "metrics.json") for k in json.loads(line)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_distilled_run_end_to_end(family, teacher_files, tmp_path):
+    """Train, evaluate, and let stock Detectron2 load the checkpoint with the student's config."""
+    args = distill_arguments(
+        family, teacher_files[family], tmp_path, "MODEL.DISTILL.LOSSES",
+        "['PCKALoss','RCKALoss','MimicLoss']",
+    )  # fmt: skip
+    results = main(args)
+    assert set(results) == {"digits_val", "digits_test"}
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["results"]["digits_val"]["bbox"].keys() >= {"AP", "AP50", "AP75"}
+    assert written["parameters"] < 1e6 and written["train_seconds"] > 0
+
+    # Every loss by level, in JSON, in TensorBoard and on the console.
+    terms = {f"loss_{n}_p{i}" for n in ("pcka", "mimic") for i in (3, 4, 5)}
+    terms |= {"loss_rcka_intra", "loss_rcka_inter", "loss_cls", "loss_box_reg"}
+    assert terms <= metrics(tmp_path)
+    log = (tmp_path / "log.txt").read_text()
+    assert all(f"{term}: " in log for term in terms) and "eta: " in log
+    assert "p3 (64 channels, stride 8) <- p3 (64 channels, stride 8)" in log
+    events = open(glob.glob(str(tmp_path / "events*"))[0], "rb").read()
+    assert all(term.encode() in events for term in terms)
+
+    # Stock Detectron2: its own config, builder and checkpointer.
+    cfg = get_cfg()
+    cfg.merge_from_file(str(tmp_path / "student_config.yaml"))
+    model = build_model(cfg)
+    incompatible = []
+
+    class Spy(DetectionCheckpointer):
+        def _log_incompatible_keys(self, x):
+            incompatible.append(x)
+
+    Spy(model).load(str(tmp_path / "model_final.pth"))
+    assert not incompatible[0].missing_keys and not incompatible[0].incorrect_shapes
+    # and the same detections as the distilled model gives
+    distilled = Trainer.build_model(setup(args))
+    DetectionCheckpointer(distilled).load(str(tmp_path / "model_final.pth"))
+    batch = make_batch()
+    for m in (model, distilled):
+        for head in m.modules():
+            if hasattr(head, "test_score_thresh"):
+                head.test_score_thresh = 0.0
+    with torch.no_grad():
+        ours, theirs = distilled.eval()(batch), model.eval()(batch)
+    for a, b in zip(ours, theirs):
+        assert len(a["instances"]) > 0
+        assert torch.equal(a["instances"].pred_boxes.tensor, b["instances"].pred_boxes.tensor)
+        assert torch.equal(a["instances"].scores, b["instances"].scores)
+
+    # Evaluation builds no teacher: its checkpoint may be gone.
+    again = distill_arguments(
+        family, "gone.pth", tmp_path / "eval", "MODEL.WEIGHTS", tmp_path / "model_final.pth",
+        flags=["--eval-only"],
+    )  # fmt: skip
+    assert main(again)["digits_test"]["bbox"]["AP"] == results["digits_test"]["bbox"]["AP"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_zero_weight_run_is_stock(family, teacher_files, tmp_path):
+    """Through the whole trainer: the same data, losses and final weights as the plain student."""
+    opts = ["SOLVER.MAX_ITER", 4, "DATASETS.TEST", "()"]
+    main(arguments(f"{family}_student", tmp_path / "plain", *opts))
+    zero = ["MODEL.DISTILL.PCKA.WEIGHT", 0.0, "MODEL.DISTILL.MIMIC.WEIGHT", 0.0]
+    main(
+        distill_arguments(family, teacher_files[family], tmp_path / "zero", *opts, *zero)
+    )
+    plain, zero = (
+        torch.load(tmp_path / x / "model_final.pth", weights_only=False)["model"]
+        for x in ("plain", "zero")
+    )
+    assert list(plain) == list(zero)
+    assert all(torch.equal(plain[k], zero[k]) for k in plain)
+
+
+def test_resume_continues_everything(teacher_files, tmp_path):
+    opts = ["DATASETS.TEST", "()"]
+    run = distill_arguments("retinanet", teacher_files["retinanet"], tmp_path, *opts)
+    main(run)
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    saved = torch.load(tmp_path / "model_0000001.pth", weights_only=False)
+    args = distill_arguments(
+        "retinanet", teacher_files["retinanet"], tmp_path, *opts, flags=["--resume"]
+    )
+    trainer = Trainer(setup(args))
+    fresh = trainer.model.state_dict()["distill.1.projections.p3.weight"].clone()
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 2
+    state = trainer.model.state_dict()
+    assert list(state) == list(saved["model"])
+    assert all(torch.equal(state[k], saved["model"][k]) for k in state)
+    # the adapters too, and they had been trained
+    assert not torch.equal(state["distill.1.projections.p3.weight"], fresh)
+    mine, theirs = trainer.state_dict(), saved["trainer"]
+    assert mine["iteration"] == theirs["iteration"] == 1
+    assert mine["hooks"]["LRScheduler"] == theirs["hooks"]["LRScheduler"]
+    assert mine["hooks"]["Stopwatch"] == theirs["hooks"]["Stopwatch"]
+    moments = mine["_trainer"]["optimizer"]["state"]
+    for key, value in theirs["_trainer"]["optimizer"]["state"].items():
+        assert torch.equal(moments[key]["exp_avg"], value["exp_avg"])
+    trainer.train()
+    assert trainer.iter == 4
+    assert torch.load(tmp_path / "model_final.pth", weights_only=False)["iteration"] == 3
+
+
+def test_a_finished_run_resumed_is_only_evaluated(teacher_files, tmp_path):
+    opts = ["DATASETS.TEST", "('digits_val',)"]
+    weights = teacher_files["retinanet"]
+    first = main(distill_arguments("retinanet", weights, tmp_path, *opts))
+    again = main(distill_arguments("retinanet", weights, tmp_path, *opts, flags=["--resume"]))
+    assert again["bbox"]["AP50"] == first["bbox"]["AP50"]
+
+
+def test_adamw_and_sgd_by_key(tmp_path):
+    for name, kind in (("AdamW", torch.optim.AdamW), ("SGD", torch.optim.SGD)):
+        cfg = setup(arguments("faster_rcnn_student", tmp_path, "SOLVER.OPTIMIZER", name))
+        optimizer = Trainer.build_optimizer(cfg, build_model(cfg))
+        assert isinstance(optimizer, kind) and "GradientClip" in type(optimizer).__name__
+        assert all(g["weight_decay"] in (0.0, 1e-4) for g in optimizer.param_groups)
+
+
+# ---- bad input: one line, before anything is trained -----------------------------------------
+
+BAD = {
+    "config key": (["MODEL.DISTILL.PCKA.WIEGHT", 1], "override of the config file cannot be used"),
+    "level": (["MODEL.DISTILL.PCKA.LEVELS", "['p9']"], "unknown level 'p9': student has p3"),
+    "loss": (["MODEL.DISTILL.LOSSES", "['PKCALoss']"], "unknown loss 'PKCALoss'"),
+    "teacher weights": (["MODEL.DISTILL.TEACHER.WEIGHTS", "no.pth"], "teacher weights not found"),
+    "teacher config": (["MODEL.DISTILL.TEACHER.CONFIG_FILE", "no.yaml"], "neither a file nor"),
+    "patch": (["MODEL.DISTILL.PCKA.PATCH_SIZE", "[4]"], "a patch of 4 is larger than level 'p5'"),
+    "classes": (["MODEL.RETINANET.NUM_CLASSES", 4], "has 10 classes and the model has 4"),
+    "architecture": (["MODEL.DISTILL.STUDENT_ARCHITECTURE", "X"], "STUDENT_ARCHITECTURE is 'X'"),
+    "dataset": (["DATASETS.TRAIN", "['digit_train']"], "did you mean digits_train"),
+    "dataset files": (["DATASETS.TRAIN", "['coco_2017_train']"], "is not there: .*DETECTRON2_DATA"),
+    "no dataset": (["DATASETS.TRAIN", "[]"], "DATASETS.TRAIN is empty"),
+    "batch size": (["SOLVER.IMS_PER_BATCH", 0], "SOLVER.IMS_PER_BATCH is 0"),
+    "optimizer": (["SOLVER.OPTIMIZER", "Adam"], "unknown SOLVER.OPTIMIZER 'Adam'"),
+    "student weights": (["MODEL.WEIGHTS", "no.pth"], "checkpoint not found: no.pth"),
+    "pyramids": (
+        ["MODEL.DISTILL.TEACHER.OPTS", "['MODEL.FPN.IN_FEATURES',['res5'],"
+         "'MODEL.RESNETS.OUT_FEATURES',['res5'],'MODEL.RETINANET.IN_FEATURES',['p5'],"
+         "'MODEL.ANCHOR_GENERATOR.SIZES',[[42]]]", "MODEL.DISTILL.TEACHER.ALLOW_PARTIAL", True],
+        "level 'p3' has no counterpart: student has p3 .*; teacher has p5",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_before_the_first_iteration(case, teacher_files, tmp_path):
+    opts, message = BAD[case]
+    args = distill_arguments(
+        "retinanet", teacher_files["retinanet"], tmp_path, "DATASETS.TEST", "()", *opts
+    )
+    with pytest.raises(UserError, match=message) as e:
+        main(args)
+    assert "\n" not in str(e.value)
+    log = tmp_path / "metrics.json"
+    assert not log.exists() or log.read_text() == ""
+
+
+def test_corrupt_student_weights(tmp_path):
+    (tmp_path / "x.pth").write_bytes(b"no checkpoint")
+    args = arguments("retinanet_student", tmp_path, "MODEL.WEIGHTS", tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"x.pth cannot be loaded"):
+        main(args)
+
+
+def test_eval_only_needs_a_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="--eval-only needs a checkpoint"):
+        main(arguments("retinanet_student", tmp_path, flags=["--eval-only"]))
+
+
+def command(*args):
+    return subprocess.run(
+        [sys.executable, str(REPO / "tools" / "train_net.py"), *map(str, args)],
+        capture_output=True, text=True, cwd=REPO,
+    )  # fmt: skip
+
+
+def test_the_command_prints_the_line_and_no_traceback(tmp_path):
+    done = command("--config-file", "no/such.yaml", "OUTPUT_DIR", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == "error: config file not found: no/such.yaml"
+    assert "Traceback" not in done.stderr
+    (tmp_path / "bad.yaml").write_text("MODEL: [unclosed\n")
+    done = command("--config-file", tmp_path / "bad.yaml", "OUTPUT_DIR", tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: config file" in done.stderr.strip().splitlines()[-1]
