@@ -38,7 +38,9 @@ def teacher_files(tmp_path_factory):
     for family in ("retinanet", "faster_rcnn"):
         torch.manual_seed(7)
         files[family] = str(folder / f"{family}.pth")
-        torch.save({"model": build_model(digits_cfg(f"{family}_student")).state_dict()}, files[family])
+        torch.save(
+            {"model": build_model(digits_cfg(f"{family}_student")).state_dict()}, files[family]
+        )
     return files
 
 

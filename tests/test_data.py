@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,5 +93,5 @@ def test_digits_stand_out_from_the_background(digits):
 def test_splits_are_registered(split):
     records = DatasetCatalog.get(f"digits_{split}")
     assert len(records) == 300
-    content = json.loads(open(MetadataCatalog.get(f"digits_{split}").json_file).read())
+    content = json.loads(Path(MetadataCatalog.get(f"digits_{split}").json_file).read_text())
     assert [c["name"] for c in content["categories"]] == module.CLASSES

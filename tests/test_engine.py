@@ -1,6 +1,5 @@
 """Whole runs through the same entry as tools/train_net.py, on the digits set."""
 
-import glob
 import json
 import subprocess
 import sys
@@ -45,7 +44,7 @@ def distill_arguments(family, teacher, output, *opts, flags=()):
 
 
 def metrics(output):
-    return {k for line in open(output / "metrics.json") for k in json.loads(line)}
+    return {k for x in (output / "metrics.json").read_text().splitlines() for k in json.loads(x)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -68,7 +67,7 @@ def test_a_distilled_run_end_to_end(family, teacher_files, tmp_path):
     log = (tmp_path / "log.txt").read_text()
     assert all(f"{term}: " in log for term in terms) and "eta: " in log
     assert "p3 (64 channels, stride 8) <- p3 (64 channels, stride 8)" in log
-    events = open(glob.glob(str(tmp_path / "events*"))[0], "rb").read()
+    events = next(tmp_path.glob("events*")).read_bytes()
     assert all(term.encode() in events for term in terms)
 
     # Stock Detectron2: its own config, builder and checkpointer.
@@ -112,9 +111,7 @@ def test_zero_weight_run_is_stock(family, teacher_files, tmp_path):
     opts = ["SOLVER.MAX_ITER", 4, "DATASETS.TEST", "()"]
     main(arguments(f"{family}_student", tmp_path / "plain", *opts))
     zero = ["MODEL.DISTILL.PCKA.WEIGHT", 0.0, "MODEL.DISTILL.MIMIC.WEIGHT", 0.0]
-    main(
-        distill_arguments(family, teacher_files[family], tmp_path / "zero", *opts, *zero)
-    )
+    main(distill_arguments(family, teacher_files[family], tmp_path / "zero", *opts, *zero))
     plain, zero = (
         torch.load(tmp_path / x / "model_final.pth", weights_only=False)["model"]
         for x in ("plain", "zero")

@@ -19,7 +19,12 @@ def rand(*shape, seed=0):
 
 
 def feature_taps(seed, channels=4):
-    return Taps(features={"p3": rand(2, channels, 8, 8, seed=seed), "p4": rand(2, channels, 4, 4, seed=seed)})
+    return Taps(
+        features={
+            "p3": rand(2, channels, 8, 8, seed=seed),
+            "p4": rand(2, channels, 4, 4, seed=seed),
+        }
+    )
 
 
 def pair(level, student=4, teacher=4):
@@ -32,7 +37,9 @@ def test_pcka_by_level_and_weight():
     losses = loss(s, t)
     assert list(losses) == ["loss_pcka_p4", "loss_pcka_p3"]
     for level, p in (("p4", 2), ("p3", 4)):
-        expected = 3 * pcka_loss(s.features[level], t.features[level], patch_size=p, layout="sample")
+        expected = 3 * pcka_loss(
+            s.features[level], t.features[level], patch_size=p, layout="sample"
+        )
         torch.testing.assert_close(losses[f"loss_pcka_{level}"], expected)
 
 

@@ -123,7 +123,9 @@ def test_the_teacher_stays_out_and_stays_frozen(family, teacher_files, batch):
     teacher = model.teacher.model
     ids = {id(p) for p in teacher.parameters()}
     assert not ids & {id(p) for p in model.parameters()}
-    assert not ids & {id(p) for g in build_optimizer(get_cfg(), model).param_groups for p in g["params"]}
+    assert not ids & {
+        id(p) for g in build_optimizer(get_cfg(), model).param_groups for p in g["params"]
+    }
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     model.train()
     train(model, 3)
@@ -339,7 +341,7 @@ class Probe(DistillLoss):
 
 @pytest.mark.parametrize(("mine", "theirs"), [(32, 32), (32, 64), (64, 32)])
 def test_other_padding_is_not_compared_misaligned(mine, theirs):
-    """96 x 128 images, padded to 128 x 128 on one side only: the same pixels face each other."""
+    """96 x 128 images, padded to 128 x 128 on one side only: equal pixels face each other."""
     torch.manual_seed(0)
     model = unequal(losses=[Probe()])
     model.student.backbone = PoolingBackbone(mine)
@@ -390,7 +392,9 @@ def test_logits_that_cannot_be_compared(opts, message):
 
 
 def test_unsupported_models_name_the_supported(batch):
-    with pytest.raises(UserError, match="no adapter for Linear: supported are GeneralizedRCNN, Ret"):
+    with pytest.raises(
+        UserError, match="no adapter for Linear: supported are GeneralizedRCNN, Ret"
+    ):
         DistillationModel(
             student=nn.Linear(1, 1), teacher=FrozenTeacher(nn.Linear(1, 1)), losses=[PCKALoss()]
         )

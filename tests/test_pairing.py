@@ -16,7 +16,9 @@ RETINA = pyramid(256, p3=8, p4=16, p5=32, p6=64, p7=128)
 
 def test_levels_are_matched_by_stride():
     pairs = pair_levels(RETINA, FPN)
-    assert [(p.student, p.teacher) for p in pairs.values()] == [(f"p{i}",) * 2 for i in (3, 4, 5, 6)]
+    assert [(p.student, p.teacher) for p in pairs.values()] == [
+        (f"p{i}",) * 2 for i in (3, 4, 5, 6)
+    ]
     assert "as they are" in describe(pairs)
 
 

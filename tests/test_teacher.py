@@ -1,5 +1,6 @@
 import logging
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,14 +99,14 @@ def test_files_that_are_no_checkpoint(model, tmp_path, content, message, suffix)
 
 def test_truncated_checkpoint(model, state, tmp_path):
     path = save(tmp_path, state)
-    data = open(path, "rb").read()
-    open(path, "wb").write(data[: len(data) // 2])
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match="cannot be read"):
         load_teacher_weights(model, path)
 
 
 def test_no_weights_named(model):
-    with pytest.raises(UserError, match="set MODEL.DISTILL.TEACHER.WEIGHTS"):
+    with pytest.raises(UserError, match=r"set MODEL\.DISTILL\.TEACHER\.WEIGHTS"):
         load_teacher_weights(model, "")
 
 

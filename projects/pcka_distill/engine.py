@@ -294,9 +294,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def _write_results(
-    cfg: CfgNode, model: nn.Module, results: dict[str, Any], **facts: float
-) -> None:
+def _write_results(cfg: CfgNode, model: nn.Module, results: dict[str, Any], **facts: float) -> None:
     """Write OUTPUT_DIR/results.json: the end of a run, for programs to read."""
     if not comm.is_main_process():
         return

@@ -1,0 +1,35 @@
+# `make demo` and `make test` are all a newcomer needs; both make their environment first.
+#   PYTHON=python3.10 make test    the leg with Detectron2's compiled ops
+PYTHON ?= python3
+# Every interpreter has its own environment, so that switching between them costs nothing.
+VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
+# Test processes; each runs on one thread.
+JOBS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint bench
+
+help:
+	@echo "make demo    teacher, plain and distilled student on the digits set: a table and a picture"
+	@echo "make test    the test suite"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   the numbers of benchmarks/ again (hours; resumable)"
+
+env:
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.10 or later, or name it: make demo PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) tools/setup_env.py $(VENV)
+
+demo: env
+	@$(BIN)/python tools/demo.py
+
+test: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: env
+	$(BIN)/python benchmarks/bm_digits.py

@@ -1,0 +1,138 @@
+"""Every shipped yaml, and the COCO ones with their real architectures on COCO's real layout."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from detectron2 import model_zoo
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.modeling import build_model
+from helpers import REPO
+from PIL import Image
+
+from pcka_distill import DistillationModel, get_distill_cfg, student_config
+from pcka_distill.build import merge_config
+
+CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
+RUNNABLE = [p for p in CONFIGS if not p.name.startswith("Base")]
+
+
+def load(path, *opts):
+    cfg = get_distill_cfg()
+    merge_config(cfg, str(path), ["MODEL.DEVICE", "cpu", *opts], "config file")
+    return cfg
+
+
+def name(path):
+    return str(path.relative_to(REPO / "configs"))
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Teachers keep their random weights; that weights are checked is tested elsewhere."""
+    monkeypatch.setattr("pcka_distill.build.load_teacher_weights", lambda *_, **__: 0)
+
+
+@pytest.mark.parametrize("path", RUNNABLE, ids=name)
+def test_every_yaml_builds(path, no_weights):
+    cfg = load(path)
+    model = build_model(cfg)
+    assert isinstance(model, DistillationModel) == (
+        cfg.MODEL.META_ARCHITECTURE == "DistillationModel"
+    )
+
+
+@pytest.mark.parametrize("path", RUNNABLE, ids=name)
+def test_every_run_has_its_own_folder(path):
+    folders = [load(p).OUTPUT_DIR for p in RUNNABLE]
+    assert folders.count(load(path).OUTPUT_DIR) == 1
+
+
+# The plain students are Detectron2's own, but for the schedule.
+TWINS = {
+    "faster_rcnn_R_50_FPN_2x": "COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml",
+    "retinanet_R_50_FPN_2x": "COCO-Detection/retinanet_R_50_FPN_3x.yaml",
+}
+
+
+@pytest.mark.parametrize("ours", TWINS)
+def test_coco_students_are_the_model_zoos(ours):
+    mine = load(REPO / "configs" / "COCO-Detection" / f"{ours}.yaml")
+    theirs = model_zoo.get_config(TWINS[ours])
+    theirs.MODEL.DEVICE = "cpu"
+    mine = student_config(mine).MODEL
+    del mine["DISTILL"]
+    # Of two ways to write one number, one is rounded.
+    sizes = [cfg.ANCHOR_GENERATOR.pop("SIZES") for cfg in (mine, theirs.MODEL)]
+    for a, b in zip(*sizes):
+        np.testing.assert_allclose(a, b, rtol=0.01)
+    # Mask heads are configured there and not switched on.
+    for cfg in (mine, theirs.MODEL):
+        cfg.pop("ROI_MASK_HEAD")
+    assert json.loads(json.dumps(mine)) == json.loads(json.dumps(theirs.MODEL))
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    """Six images in COCO 2017's layout, with its categories, people and a sparse category id."""
+    root = tmp_path_factory.mktemp("datasets")
+    rng = np.random.default_rng(0)
+    things = [{"id": c["id"], "name": c["name"]} for c in COCO_CATEGORIES if c["isthing"]]
+    (root / "coco" / "annotations").mkdir(parents=True)
+    for split, count in (("train", 4), ("val", 2)):
+        folder = root / "coco" / f"{split}2017"
+        folder.mkdir()
+        images, annotations = [], []
+        for i in range(count):
+            h, w = ((120, 160), (160, 120))[i % 2]
+            pixels = rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i:012d}.jpg")
+            images.append({"id": i, "file_name": f"{i:012d}.jpg", "height": h, "width": w})
+            for category in (1, 90):
+                x, y, bw, bh = 10.0 + 20 * i, 12.0, 60.0, 70.0
+                polygon = [x, y, x + bw, y, x + bw, y + bh, x, y + bh]
+                annotations.append(
+                    {"id": len(annotations) + 1, "image_id": i, "category_id": category,
+                     "bbox": [x, y, bw, bh], "area": bw * bh, "iscrowd": 0,
+                     "segmentation": [polygon]}
+                )  # fmt: skip
+        content = {"images": images, "annotations": annotations, "categories": things}
+        path = root / "coco" / "annotations" / f"instances_{split}2017.json"
+        path.write_text(json.dumps(content))
+    return root
+
+
+@pytest.mark.parametrize("pair", ["faster_rcnn", "retinanet"])
+def test_coco_pairs_train_and_evaluate(pair, coco, tmp_path):
+    """R101 -> R50 at their real size, through the command line, on small images."""
+    torch.manual_seed(0)
+    teacher = model_zoo.get_config(f"COCO-Detection/{pair}_R_101_FPN_3x.yaml")
+    teacher.MODEL.DEVICE = "cpu"
+    state = {k: v.half() if v.is_floating_point() else v
+             for k, v in build_model(teacher).state_dict().items()}  # fmt: skip
+    torch.save({"model": state}, tmp_path / "teacher.pth")
+    del state
+    done = subprocess.run(
+        [
+            sys.executable, str(REPO / "tools" / "train_net.py"), "--config-file",
+            str(REPO / "configs" / "COCO-Detection" / f"{pair}_R_101_to_R_50_pcka_2x.yaml"),
+            "MODEL.WEIGHTS", "", "MODEL.DISTILL.TEACHER.WEIGHTS", str(tmp_path / "teacher.pth"),
+            "MODEL.DISTILL.PCKA.PATCH_SIZE", "[2]", "SOLVER.IMS_PER_BATCH", "2",
+            "SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "[]", "SOLVER.BASE_LR", "1e-5",
+            "DATALOADER.NUM_WORKERS", "0", "INPUT.MIN_SIZE_TRAIN", "[256]",
+            "INPUT.MAX_SIZE_TRAIN", "341", "INPUT.MIN_SIZE_TEST", "256",
+            "INPUT.MAX_SIZE_TEST", "341", "OUTPUT_DIR", str(tmp_path / "out"),
+        ],
+        capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "DETECTRON2_DATASETS": str(coco)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    levels = ("p2", "p3", "p4", "p5") if pair == "faster_rcnn" else ("p3", "p4", "p5", "p6")
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert all(f"loss_pcka_{level}: " in log for level in levels)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert "AP" in results["results"]["coco_2017_val"]["bbox"]

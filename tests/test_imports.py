@@ -1,0 +1,78 @@
+"""The house's one rule: imports run downwards."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "projects" / "pcka_distill"
+
+# module -> the package's modules it may import; the order is the order of the layers
+ALLOWED = {
+    "errors": set(),
+    "functional": set(),
+    "structures": set(),
+    "recorder": set(),
+    "config": set(),
+    "backbones": set(),
+    "data": set(),
+    "pairing": {"errors"},
+    "teacher": {"errors"},
+    "losses": {"errors", "functional", "structures", "pairing"},
+    "adapters": {"errors", "structures", "recorder"},
+    "build": {"errors", "config", "losses", "teacher"},
+    "meta_arch": {
+        "errors", "structures", "recorder", "pairing", "losses", "adapters", "teacher", "build",
+    },
+    "engine": {"errors", "adapters", "build", "meta_arch"},
+    "bench": {"errors"},
+}  # fmt: skip
+# What a module must not know of the outside.
+FORBIDDEN = {
+    "functional": ("detectron2", "torch.nn.Module"),
+    "recorder": ("detectron2",),
+    "structures": ("detectron2",),
+    "config": ("torch",),
+    "losses": ("detectron2.modeling", "detectron2.structures"),
+}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            yield node.module
+            if node.module == "pcka_distill":
+                yield from (f"pcka_distill.{alias.name}" for alias in node.names)
+
+
+def files():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        relative = path.relative_to(PACKAGE)
+        if relative.name != "__init__.py" or len(relative.parts) > 1:
+            yield pytest.param(path, relative.parts[0].removesuffix(".py"), id=str(relative))
+
+
+@pytest.mark.parametrize(("path", "layer"), list(files()))
+def test_imports_run_downwards(path, layer):
+    for name in imports(path):
+        for outside in FORBIDDEN.get(layer, ()):
+            assert not name.startswith(outside), f"{layer} must not know {outside}"
+        if name.startswith("pcka_distill"):
+            other = name.split(".")[1]
+            assert other == layer or other in ALLOWED[layer], f"{layer} must not import {other}"
+
+
+def test_there_are_no_cycles():
+    order = list(ALLOWED)
+    for layer, below in ALLOWED.items():
+        assert all(order.index(b) < order.index(layer) for b in below)
+
+
+def test_one_file_per_loss_and_adapter_knows_no_sibling():
+    for path in (PACKAGE / "losses").glob("*.py"):
+        if path.name != "__init__.py":
+            siblings = {n for n in imports(path) if n.startswith("pcka_distill.losses")}
+            assert siblings <= {"pcka_distill.losses.base"}
