@@ -292,9 +292,12 @@ def test_other_channels(batch):
 
 def test_other_levels_and_strides(batch):
     """The teacher's pyramid starts one level later: p3 learns from its p4, resized."""
-    late = ["MODEL.RESNETS.OUT_FEATURES", ["res4", "res5"], "MODEL.FPN.IN_FEATURES", ["res4", "res5"],
-            "MODEL.RETINANET.IN_FEATURES", ["p4", "p5"],
-            "MODEL.ANCHOR_GENERATOR.SIZES", [[26], [42]]]  # fmt: skip
+    late = [
+        *("MODEL.RESNETS.OUT_FEATURES", ["res4", "res5"]),
+        *("MODEL.FPN.IN_FEATURES", ["res4", "res5"]),
+        *("MODEL.RETINANET.IN_FEATURES", ["p4", "p5"]),
+        *("MODEL.ANCHOR_GENERATOR.SIZES", [[26], [42]]),
+    ]
     losses = [PCKALoss(levels=("p3", "p4"), patch_size=2, layout="sample")]
     model = unequal(teacher_opts=late, losses=losses)
     assert [(p.student, p.teacher) for p in model.pairs.values()] == [("p3", "p4"), ("p4", "p4")]

@@ -15,18 +15,18 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NEEDED_GB = 8
 
 
-def fail(message):
+def fail(message: str) -> None:
     """Stop with one line."""
     sys.exit("error: " + message)
 
 
-def requirement_files():
+def requirement_files() -> "list[str]":
     """The pinned requirements of this Python."""
     name = "py310.txt" if sys.version_info[:2] == (3, 10) else "default.txt"
     return [os.path.join(ROOT, "requirements", x) for x in (name, "detectron2.txt")]
 
 
-def fingerprint(venv):
+def fingerprint(venv: str) -> str:
     """What the environment depends on: if any of it changes, the environment is stale."""
     digest = hashlib.sha256((sys.version + os.path.abspath(venv)).encode())
     for path in [*requirement_files(), os.path.join(ROOT, "setup.py"), os.path.abspath(__file__)]:
@@ -35,7 +35,7 @@ def fingerprint(venv):
     return digest.hexdigest()
 
 
-def pip(venv, *args):
+def pip(venv: str, *args: str) -> None:
     """Run the environment's pip."""
     command = [os.path.join(venv, "bin", "python"), "-m", "pip", "install"]
     if subprocess.call([*command, "--disable-pip-version-check", *args]):
@@ -45,7 +45,7 @@ def pip(venv, *args):
         )
 
 
-def main():
+def main() -> None:
     """Make the environment unless it is there and up to date."""
     if sys.version_info < (3, 10):
         fail(

@@ -4,6 +4,7 @@ Importing it registers the meta-architecture ``DistillationModel``, the distilla
 tiny backbone and the digits datasets.
 """
 
+from pcka_distill import _quiet  # noqa: F401  (before anything imports Detectron2)
 from pcka_distill import backbones as _backbones  # noqa: F401  (registers the tiny backbone)
 from pcka_distill.adapters import Adapter, find_adapter, register_adapter
 from pcka_distill.build import get_distill_cfg, student_config

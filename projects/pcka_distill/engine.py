@@ -10,14 +10,19 @@ import math
 import os
 import sys
 import time
-import warnings
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultTrainer, HookBase, default_setup
+from detectron2.engine import (
+    DefaultTrainer,
+    HookBase,
+    default_argument_parser,
+    default_setup,
+    launch,
+)
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
@@ -43,16 +48,9 @@ from pcka_distill.build import (
 from pcka_distill.errors import UserError
 from pcka_distill.meta_arch import DistillationModel
 
-__all__ = ["Trainer", "main", "setup"]
+__all__ = ["Trainer", "cli", "main", "setup"]
 
 logger = logging.getLogger(__name__)
-
-# What the pinned libraries say about one another, and nobody here can change.
-_THIRD_PARTY_WARNINGS = (
-    "torch.meshgrid: in an upcoming release",
-    "`torch.jit.script` is deprecated",
-    "`torch.jit.script_method` is deprecated",
-)
 
 
 class Stopwatch(HookBase):
@@ -269,8 +267,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
     Raises:
         UserError: see the messages; nothing has been built or written by then.
     """
-    for text in _THIRD_PARTY_WARNINGS:
-        warnings.filterwarnings("ignore", message=text)
     cfg = get_distill_cfg()
     merge_config(cfg, args.config_file, args.opts, "config file")
     no_gpu = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
@@ -338,3 +334,21 @@ def main(args: argparse.Namespace) -> Any:
     results = trainer._last_eval_results
     _write_results(cfg, trainer.model, results, train_seconds=trainer.stopwatch.seconds)
     return results
+
+
+def cli() -> None:
+    """The command line: Detectron2's flags, its launcher, and errors on one line."""
+    args = default_argument_parser().parse_args()
+    try:
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except UserError as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command with --resume goes on from the last checkpoint")

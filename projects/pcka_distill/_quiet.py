@@ -1,0 +1,20 @@
+"""Third-party warnings that no user and nobody here can act on, switched off by their text.
+
+Imported before Detectron2, which raises some of them while it is imported.
+"""
+
+import warnings
+
+__all__ = ["THIRD_PARTY_WARNINGS"]
+
+# What the pinned libraries say about one another.
+THIRD_PARTY_WARNINGS = (
+    "pkg_resources is deprecated as an API",
+    "`torch.jit.script` is deprecated",
+    "`torch.jit.script_method` is deprecated",
+    "torch.meshgrid: in an upcoming release",
+    "`torch.cuda.amp.",
+)
+
+for _text in THIRD_PARTY_WARNINGS:
+    warnings.filterwarnings("ignore", message=_text)

@@ -1,0 +1,135 @@
+"""Runs of tools/train_net.py as child processes: resumable, with progress, and their results.
+
+What the demo and benchmarks/ have in common.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from pcka_distill.build import get_distill_cfg, merge_config
+from pcka_distill.errors import UserError
+
+__all__ = ["run", "test_metrics"]
+
+REPOSITORY = Path(__file__).parents[2]
+_REPORT_SECONDS = 15.0
+
+
+def _iteration(folder: Path) -> int:
+    """Iterations finished so far, from the last whole line of metrics.json."""
+    try:
+        lines = (folder / "metrics.json").read_text().splitlines()
+    except FileNotFoundError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["iteration"]) + 1
+        except (ValueError, KeyError):
+            # A line that is being written.
+            continue
+    return 0
+
+
+def _follow(process: subprocess.Popen[bytes], folder: Path, total: int, label: str) -> None:
+    """Show progress and ETA until the process ends: a bar on a terminal, else a line at times."""
+    terminal = sys.stderr.isatty()
+    start, said = time.monotonic(), time.monotonic()
+    first: int | None = None
+    with tqdm(total=total, desc=label, unit="it", disable=not terminal, dynamic_ncols=True) as bar:
+        while process.poll() is None:
+            time.sleep(0.5)
+            done = _iteration(folder)
+            bar.update(done - bar.n)
+            if first is None and done:
+                first, start = done, time.monotonic()
+            if not terminal and time.monotonic() - said > _REPORT_SECONDS:
+                said = time.monotonic()
+                left = ""
+                if first is not None and done > first:
+                    seconds = (total - done) * (said - start) / (done - first)
+                    left = f", about {seconds:.0f} s left"
+                print(f"  {label}: iteration {done} of {total}{left}", flush=True)
+        bar.update(_iteration(folder) - bar.n)
+
+
+def run(
+    config: str,
+    folder: Path,
+    opts: Sequence[object] = (),
+    *,
+    label: str,
+    teacher: Path | None = None,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Train and evaluate a config in a folder, or go on with it, or only read its results.
+
+    A run of another config that is found there, or one that learned from an older teacher, is
+    made again.
+
+    Args:
+        config: path below the repository.
+        folder: OUTPUT_DIR of the run; its output goes to ``train.log`` there.
+        opts: overrides, as on the command line.
+        label: what to call it in the progress.
+        teacher: the checkpoint that the run depends on.
+        threads: of the child process; None leaves it to torch.
+
+    Returns:
+        what ``results.json`` says.
+
+    Raises:
+        UserError: the run failed; the message has its last line.
+    """
+    folder = folder.absolute()
+    opts = [*opts, "OUTPUT_DIR", str(folder)]
+    if teacher is not None:
+        opts += ["MODEL.DISTILL.TEACHER.WEIGHTS", str(teacher.absolute())]
+    cfg = get_distill_cfg()
+    merge_config(cfg, str(REPOSITORY / config), list(opts), "config file")
+    results, dumped = folder / "results.json", folder / "config.yaml"
+    if dumped.exists():
+        other = dumped.read_text() != cfg.dump()
+        older = teacher is not None and teacher.stat().st_mtime > dumped.stat().st_mtime
+        if other or older:
+            shutil.rmtree(folder)
+    if not results.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = dict(os.environ)
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        command = [sys.executable, str(REPOSITORY / "tools" / "train_net.py"), "--resume"]
+        command += ["--config-file", str(REPOSITORY / config), *map(str, opts)]
+        with open(folder / "train.log", "ab") as log:
+            process = subprocess.Popen(
+                command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+            try:
+                _follow(process, folder, cfg.SOLVER.MAX_ITER, label)
+            finally:
+                # On Ctrl-C the terminal has interrupted the child as well: let it end by itself.
+                try:
+                    process.wait(timeout=30)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+        if process.returncode:
+            last = (folder / "train.log").read_text().strip().splitlines()[-1:]
+            raise UserError(f"{label} failed: {''.join(last)} (all of it: {folder / 'train.log'})")
+    content: dict[str, Any] = json.loads(results.read_text())
+    return content
+
+
+def test_metrics(results: dict[str, Any]) -> dict[str, float]:
+    """The box metrics of the test split: AP, AP50, AP75, ... in percent."""
+    metrics: dict[str, float] = results["results"]["digits_test"]["bbox"]
+    return metrics
