@@ -34,6 +34,12 @@ def table(family: str, teacher: dict[str, Any], rows: dict[str, list[dict[str, A
     def metrics(results: list[dict[str, Any]], key: str, split: str = box) -> list[float]:
         return [r["results"][split]["bbox"][key] for r in results]
 
+    def cells(*values: str) -> str:
+        return f"| {' | '.join(values)} |"
+
+    def millions(results: dict[str, Any]) -> str:
+        return f"{results['parameters'] / 1e6:.2f} M"
+
     plain = metrics(rows["student"], "AP")
     seconds = statistics.mean(r["train_seconds"] for r in rows["student"])
     lines = [
@@ -45,20 +51,23 @@ def table(family: str, teacher: dict[str, Any], rows: dict[str, list[dict[str, A
     ]
     for method, results in rows.items():
         ap = metrics(results, "AP")
-        gain = "" if method == "student" else spread([a - b for a, b in zip(ap, plain)])
         ratio = statistics.mean(r["train_seconds"] for r in results) / seconds
         lines.append(
-            f"| {METHODS[method]} ({results[0]['parameters'] / 1e6:.2f} M) | {spread(ap)} | {gain} | "
-            f"{' / '.join(f'{x:.1f}' for x in ap)} | {spread(metrics(results, 'AP50'))} | "
-            f"{spread(metrics(results, 'AP75'))} | {spread(metrics(results, 'AP', 'digits_val'))} | "
-            f"{ratio:.2f} |"
+            cells(
+                f"{METHODS[method]} ({millions(results[0])})",
+                spread(ap),
+                "" if method == "student" else spread([a - b for a, b in zip(ap, plain)]),
+                " / ".join(f"{x:.1f}" for x in ap),
+                spread(metrics(results, "AP50")),
+                spread(metrics(results, "AP75")),
+                spread(metrics(results, "AP", "digits_val")),
+                f"{ratio:.2f}",
+            )
         )
-    t = teacher["results"]
-    lines.append(
-        f"| teacher ({teacher['parameters'] / 1e6:.2f} M), seed 0 | {t[box]['bbox']['AP']:.1f} | | | "
-        f"{t[box]['bbox']['AP50']:.1f} | {t[box]['bbox']['AP75']:.1f} | "
-        f"{t['digits_val']['bbox']['AP']:.1f} | |"
-    )
+    once = [f"{metrics([teacher], key)[0]:.1f}" for key in ("AP", "AP50", "AP75")]
+    val = f"{metrics([teacher], 'AP', 'digits_val')[0]:.1f}"
+    label = f"teacher ({millions(teacher)}), seed 0"
+    lines.append(cells(label, once[0], "", once[0], once[1], once[2], val, ""))
     return [*lines, ""]
 
 
