@@ -11,9 +11,10 @@ from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from helpers import FAMILIES, REPO, make_batch
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from pcka_distill import UserError
-from pcka_distill.engine import Trainer, main, setup
+from pcka_distill.engine import Trainer, cli, main, setup
 
 pytestmark = pytest.mark.usefixtures("digits")
 
@@ -215,6 +216,32 @@ def test_corrupt_student_weights(tmp_path):
 def test_eval_only_needs_a_checkpoint(tmp_path):
     with pytest.raises(UserError, match="--eval-only needs a checkpoint"):
         main(arguments("retinanet_student", tmp_path, flags=["--eval-only"]))
+
+
+def test_an_output_folder_that_cannot_be_made():
+    with pytest.raises(UserError, match=r"OUTPUT_DIR cannot be made: .*/dev/null"):
+        main(arguments("retinanet_student", "/dev/null/x"))
+
+
+def test_an_error_in_a_launched_process_is_one_line_too(monkeypatch):
+    """As torch.multiprocessing reports it from a child of Detectron2's launcher."""
+
+    def launch(*args, **kwargs):
+        raise ProcessRaisedException(
+            "\n\n-- Process 1 terminated with the following error:\nTraceback (most recent call "
+            "last):\n  ...\npcka_distill.errors.UserError: unknown level 'p9'\n", 1, 2
+        )  # fmt: skip
+
+    monkeypatch.setattr("pcka_distill.engine.launch", launch)
+    monkeypatch.setattr("sys.argv", ["train_net.py"])
+    with pytest.raises(SystemExit, match=r"^error: unknown level 'p9'$"):
+        cli()
+
+
+def test_more_gpus_than_there_are(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_net.py", "--num-gpus", "64"])
+    with pytest.raises(SystemExit, match=r"^error: --num-gpus is 64 and \d+ CUDA devices"):
+        cli()
 
 
 def command(*args):

@@ -34,6 +34,7 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
+from torch.multiprocessing.spawn import ProcessRaisedException
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -265,7 +266,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         args: of :func:`detectron2.engine.default_argument_parser`.
 
     Raises:
-        UserError: see the messages; nothing has been built or written by then.
+        UserError: see the messages; nothing has been built by then.
     """
     cfg = get_distill_cfg()
     merge_config(cfg, args.config_file, args.opts, "config file")
@@ -274,6 +275,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
         cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
     student_config(cfg)
+    try:
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"OUTPUT_DIR cannot be made: {e}; change OUTPUT_DIR") from e
     setup_logger(
         cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="pcka_distill", abbrev_name="pcka"
     )
@@ -340,6 +345,9 @@ def cli() -> None:
     """The command line: Detectron2's flags, its launcher, and errors on one line."""
     args = default_argument_parser().parse_args()
     try:
+        devices = torch.cuda.device_count()
+        if args.num_gpus > max(1, devices):
+            raise UserError(f"--num-gpus is {args.num_gpus} and {devices} CUDA devices are here")
         launch(
             main,
             args.num_gpus,
@@ -350,5 +358,11 @@ def cli() -> None:
         )
     except UserError as e:
         sys.exit(f"error: {e}")
+    except ProcessRaisedException as e:
+        # A child of the launcher failed: of a UserError only the message is news.
+        kind, _, message = str(e).strip().splitlines()[-1].partition(": ")
+        if not kind.endswith("UserError"):
+            raise
+        sys.exit(f"error: {message}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command with --resume goes on from the last checkpoint")
