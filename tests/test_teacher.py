@@ -1,13 +1,22 @@
+import functools
 import logging
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import CfgNode as CN
 from detectron2.modeling import build_model
-from helpers import digits_cfg, distill_cfg
+from helpers import REPO, digits_cfg, distill_cfg
 
-from pcka_distill import FrozenTeacher, UserError, load_teacher_weights
+from pcka_distill import (
+    FrozenTeacher,
+    UserError,
+    build,
+    get_distill_cfg,
+    load_teacher_weights,
+    register_config,
+)
 from pcka_distill.build import build_teacher
 
 
@@ -20,6 +29,10 @@ def model():
 @pytest.fixture
 def state(teacher_files):
     return torch.load(teacher_files["retinanet"])["model"]
+
+
+class Author:
+    """Something that is no tensor."""
 
 
 def save(tmp_path, state):
@@ -105,6 +118,22 @@ def test_truncated_checkpoint(model, state, tmp_path):
         load_teacher_weights(model, path)
 
 
+def test_more_than_tensors_in_the_file(model, state, tmp_path, monkeypatch):
+    """torch >= 2.6 refuses it in a paragraph about an argument that no user here passes."""
+    monkeypatch.setattr(torch, "load", functools.partial(torch.load, weights_only=True))
+    path = tmp_path / "old.pth"
+    torch.save({"model": state, "author": Author()}, path)
+    with pytest.raises(UserError, match=r"more than tensors.*weights_only=False.*NEW\.pth"):
+        load_teacher_weights(model, str(path))
+
+
+def test_batch_norm_counters_do_not_matter(model, state, tmp_path):
+    first = next(k for k in state if k.endswith("num_batches_tracked"))
+    del state[first]
+    state["backbone.fpn_lateral3.norm.num_batches_tracked"] = torch.tensor(3)
+    load_teacher_weights(model, save(tmp_path, state))
+
+
 def test_no_weights_named(model):
     with pytest.raises(UserError, match=r"set MODEL\.DISTILL\.TEACHER\.WEIGHTS"):
         load_teacher_weights(model, "")
@@ -128,6 +157,24 @@ def test_frozen(model):
 def test_teacher_configs_that_cannot_work(teacher_files, opts, message):
     with pytest.raises(UserError, match=message):
         build_teacher(distill_cfg("retinanet", teacher_files["retinanet"], *opts))
+
+
+def test_keys_of_another_project(teacher_files, tmp_path, monkeypatch):
+    def add_keys(cfg):
+        cfg.MODEL.THEIRS = CN({"DEPTH": 3})
+
+    monkeypatch.setattr("pcka_distill.build._ADD_KEYS", list(build._ADD_KEYS))
+    path = tmp_path / "teacher.yaml"
+    base = REPO / "configs" / "Digits" / "retinanet_student.yaml"
+    path.write_text(f"_BASE_: {base}\nMODEL:\n  THEIRS:\n    DEPTH: 5\n")
+    opts = ["MODEL.DISTILL.TEACHER.CONFIG_FILE", str(path)]
+    cfg = distill_cfg("retinanet", teacher_files["retinanet"], *opts)
+    with pytest.raises(UserError, match=r"teacher config .*THEIRS"):
+        build_teacher(cfg)
+    register_config(add_keys)
+    register_config(add_keys)
+    assert get_distill_cfg().MODEL.THEIRS.DEPTH == 3
+    build_teacher(cfg)
 
 
 def test_a_zoo_name_brings_its_own_weights(teacher_files, monkeypatch):

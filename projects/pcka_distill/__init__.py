@@ -7,7 +7,7 @@ tiny backbone and the digits datasets.
 from pcka_distill import _quiet  # noqa: F401  (before anything imports Detectron2)
 from pcka_distill import backbones as _backbones  # noqa: F401  (registers the tiny backbone)
 from pcka_distill.adapters import Adapter, find_adapter, register_adapter
-from pcka_distill.build import get_distill_cfg, student_config
+from pcka_distill.build import get_distill_cfg, register_config, student_config
 from pcka_distill.config import add_pcka_distill_config
 from pcka_distill.data import register_digits
 from pcka_distill.errors import UserError
@@ -40,6 +40,7 @@ __all__ = [
     "get_distill_cfg",
     "load_teacher_weights",
     "register_adapter",
+    "register_config",
     "register_digits",
     "student_config",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
 
 from pcka_distill.config import add_pcka_distill_config
-from pcka_distill.errors import UserError
+from pcka_distill.errors import UserError, reason
 from pcka_distill.losses import DISTILL_LOSS_REGISTRY, DistillLoss
 from pcka_distill.teacher import FrozenTeacher, load_teacher_weights
 
@@ -23,10 +23,10 @@ __all__ = [
     "build_losses",
     "build_student",
     "build_teacher",
-    "first_line",
     "get_distill_cfg",
     "merge_config",
     "own_random_stream",
+    "register_config",
     "student_config",
 ]
 
@@ -47,10 +47,25 @@ def own_random_stream() -> Iterator[None]:
         yield
 
 
+_ADD_KEYS: list[Callable[[CfgNode], None]] = [add_pcka_distill_config]
+
+
+def register_config(add_keys: Callable[[CfgNode], None]) -> Callable[[CfgNode], None]:
+    """Make the config keys of your own project known, to the student's and the teacher's yaml.
+
+    Args:
+        add_keys: adds keys to a config, as the ``add_..._config`` of Detectron2's projects do.
+    """
+    if add_keys not in _ADD_KEYS:
+        _ADD_KEYS.append(add_keys)
+    return add_keys
+
+
 def get_distill_cfg() -> CfgNode:
-    """Detectron2's default config with this project's keys."""
+    """Detectron2's default config with this project's keys and the registered ones."""
     cfg = get_cfg()
-    add_pcka_distill_config(cfg)
+    for add_keys in _ADD_KEYS:
+        add_keys(cfg)
     return cfg
 
 
@@ -69,17 +84,11 @@ def merge_config(cfg: CfgNode, path: str, opts: list[object], what: str) -> None
         raise
     except Exception as e:
         # yaml and yacs raise half a dozen unrelated types here, AssertionError among them.
-        raise UserError(f"{what} {path} cannot be used: {first_line(e)}") from e
+        raise UserError(f"{what} {path} cannot be used: {reason(e)}") from e
     try:
         cfg.merge_from_list(list(opts))
     except Exception as e:
-        raise UserError(f"override of the {what} cannot be used: {first_line(e)}") from e
-
-
-def first_line(e: BaseException) -> str:
-    """What an exception of a library says, on one line."""
-    text = " ".join(str(e.args[0] if e.args else e).split())
-    return text or type(e).__name__
+        raise UserError(f"override of the {what} cannot be used: {reason(e)}") from e
 
 
 def student_config(cfg: CfgNode) -> CfgNode:

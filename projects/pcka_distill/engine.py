@@ -41,12 +41,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from pcka_distill.adapters import find_adapter
 from pcka_distill.build import (
     build_student,
-    first_line,
     get_distill_cfg,
     merge_config,
     student_config,
 )
-from pcka_distill.errors import UserError
+from pcka_distill.errors import UserError, reason
 from pcka_distill.meta_arch import DistillationModel
 
 __all__ = ["Trainer", "cli", "main", "setup"]
@@ -119,8 +118,8 @@ def _resume_or_load(checkpointer: DetectionCheckpointer, path: str, resume: bool
     except Exception as e:
         # Whatever pickle, zipfile and torch raise on a damaged file: a dozen types.
         raise UserError(
-            f"checkpoint {source} cannot be loaded ({first_line(e)}); it is damaged or belongs to "
-            "another model, change MODEL.WEIGHTS or remove it"
+            f"checkpoint {source} cannot be loaded ({reason(e)}); if it is damaged or "
+            "belongs to another model, change MODEL.WEIGHTS or remove it"
         ) from e
 
 
@@ -139,7 +138,7 @@ class Trainer(DefaultTrainer):
             return super().build_train_loader(cfg)
         except AssertionError as e:
             raise UserError(
-                f"dataset {', '.join(cfg.DATASETS.TRAIN)} cannot be used: {first_line(e)}"
+                f"dataset {', '.join(cfg.DATASETS.TRAIN)} cannot be used: {reason(e)}"
             ) from e
 
     @classmethod

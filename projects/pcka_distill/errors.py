@@ -7,3 +7,16 @@ class UserError(ValueError):
     The message is one line that says what is wrong and what to change. ``tools/`` print it
     without a traceback; library users can catch it as a :class:`ValueError`.
     """
+
+
+def reason(e: BaseException) -> str:
+    """What an exception of a library says, on one line."""
+    text = " ".join(str(e.args[0] if e.args else e).split())
+    if "weights_only" in text:
+        # torch >= 2.6 says it in a paragraph whose advice is an argument that nobody here passes.
+        return (
+            "it holds more than tensors, which torch does not read unasked; if you trust where it "
+            "comes from, keep its weights alone: torch.save({'model': torch.load('OLD.pth', "
+            "weights_only=False)['model']}, 'NEW.pth')"
+        )
+    return text or type(e).__name__

@@ -12,7 +12,7 @@ from typing import Any
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from pcka_distill.errors import UserError
+from pcka_distill.errors import UserError, reason
 
 __all__ = ["FrozenTeacher", "load_teacher_weights"]
 
@@ -94,17 +94,21 @@ def load_teacher_weights(model: nn.Module, path: str, *, allow_partial: bool = F
         RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, TypeError,
         AttributeError, ImportError, IndexError, OSError, zipfile.BadZipFile,
     ) as e:  # fmt: skip
-        reason = str(e).strip().split("\n")[0] or type(e).__name__
         raise UserError(
-            f"teacher weights cannot be read: {path} ({reason}); the file is damaged or is no "
-            "checkpoint, set MODEL.DISTILL.TEACHER.WEIGHTS to another"
+            f"teacher weights cannot be read: {path} ({reason(e)}); if the file is damaged or is "
+            "no checkpoint, set MODEL.DISTILL.TEACHER.WEIGHTS to another"
         ) from e
 
     result = checkpointer.incompatible
-    # BN counters are absent from converted checkpoints and unused in eval mode; the adapters of a
+    # BN counters come and go with the kind of BN and are unused in eval mode; the adapters of a
     # student that was itself distilled are no part of it.
-    missing = [k for k in result.missing_keys if not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in result.unexpected_keys if not k.startswith("distill.")]
+    counter = "num_batches_tracked"
+    missing = [k for k in result.missing_keys if not k.endswith(counter)]
+    unexpected = [
+        k
+        for k in result.unexpected_keys
+        if not k.endswith(counter) and not k.startswith("distill.")
+    ]
     problems = []
     if result.incorrect_shapes:
         shapes = [f"{k} {tuple(a)} != {tuple(b)}" for k, a, b in result.incorrect_shapes]
