@@ -30,9 +30,8 @@ setup(
         "iopath",
         "numpy",
         "pycocotools",
-        "opencv-python-headless",
-        "scikit-learn",
         "tqdm",
     ],
-    extras_require={"plots": ["matplotlib"]},
+    # Not required: whoever has OpenCV has it under one of four names that do not live together.
+    extras_require={"demo": ["opencv-python-headless", "scikit-learn", "matplotlib"]},
 )

@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,9 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
+from pcka_distill import UserError
 from pcka_distill.data import digits as module
+from pcka_distill.data import rendering
 
 
 @pytest.fixture
@@ -29,6 +32,13 @@ def test_deterministic_and_made_once(small, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in a.rglob("*")} == before
 
 
+def test_without_the_packages_that_draw_it(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "pcka_distill.data.rendering")
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(UserError, match=r"needs cv2: pip install -e '\.\[demo\]'"):
+        module.ensure_digits(tmp_path)
+
+
 def test_another_version_is_rendered_again(small, tmp_path):
     folder = module.ensure_digits(tmp_path)
     (folder / "version").write_text("0")
@@ -39,15 +49,15 @@ def test_another_version_is_rendered_again(small, tmp_path):
 
 def test_interrupted_rendering_leaves_nothing(small, tmp_path, monkeypatch):
     calls = []
-    real = module._render_split
+    real = rendering.render_split
 
-    def fail_late(folder, split):
+    def fail_late(folder, split, *args):
         calls.append(split)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        real(folder, split)
+        real(folder, split, *args)
 
-    monkeypatch.setattr(module, "_render_split", fail_late)
+    monkeypatch.setattr(rendering, "render_split", fail_late)
     with pytest.raises(KeyboardInterrupt):
         module.ensure_digits(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ ALLOWED = {
     "recorder": set(),
     "config": set(),
     "backbones": set(),
-    "data": set(),
+    "data": {"errors"},
     "pairing": {"errors"},
     "teacher": {"errors"},
     "losses": {"errors", "functional", "structures", "pairing"},
