@@ -49,18 +49,20 @@ def _follow(process: subprocess.Popen[bytes], folder: Path, total: int, label: s
     with tqdm(total=total, desc=label, unit="it", disable=not terminal, dynamic_ncols=True) as bar:
         while process.poll() is None:
             time.sleep(0.5)
-            done = _iteration(folder)
+            done = min(_iteration(folder), total)
             bar.update(done - bar.n)
             if first is None and done:
                 first, start = done, time.monotonic()
             if not terminal and time.monotonic() - said > _REPORT_SECONDS:
                 said = time.monotonic()
                 left = ""
-                if first is not None and done > first:
+                if done == total:
+                    left = ", evaluating"
+                elif first is not None and done > first:
                     seconds = (total - done) * (said - start) / (done - first)
                     left = f", about {seconds:.0f} s left"
                 print(f"  {label}: iteration {done} of {total}{left}", flush=True)
-        bar.update(_iteration(folder) - bar.n)
+        bar.update(min(_iteration(folder), total) - bar.n)
 
 
 def run(
