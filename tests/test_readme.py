@@ -1,0 +1,83 @@
+"""What README.md shows is so."""
+
+import ast
+import itertools
+import re
+
+import pytest
+import yaml
+from detectron2 import model_zoo
+from detectron2.modeling import build_model
+from helpers import REPO
+
+from pcka_distill import DistillationModel, get_distill_cfg
+
+README = (REPO / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+def leaves(node, prefix=""):
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def expand(key):
+    """{A,B}.X -> A.X, B.X"""
+    parts = [p.strip("{}").split(",") for p in re.findall(r"\{.*?\}|[^{}]+", key)]
+    return ["".join(p) for p in itertools.product(*parts)]
+
+
+def test_the_table_of_keys_is_complete_and_its_defaults_are_true():
+    table = README.split("## Keys")[1].split("\n## ")[0]
+    documented = {
+        key: ast.literal_eval(default)
+        for keys, default in re.findall(r"^\| `(\S+)` \| `(.*?)` \|", table, re.M)
+        for key in expand(keys)
+    }
+    cfg = get_distill_cfg()
+    actual = dict(leaves(cfg.MODEL.DISTILL))
+    actual["SOLVER.OPTIMIZER"] = cfg.SOLVER.OPTIMIZER
+    assert documented == actual
+
+
+@pytest.mark.parametrize("source", blocks("yaml"))
+def test_yaml(source):
+    content = yaml.safe_load(source)
+    known = dict(leaves(get_distill_cfg()))
+    assert all(key in known for key, _ in leaves(content) if key != "_BASE_")
+
+
+@pytest.mark.parametrize("source", blocks("python"))
+def test_python(source, monkeypatch):
+    def get(name, trained=False):
+        """Without a network: the zoo's architectures, not their weights."""
+        cfg = model_zoo.get_config(name)
+        cfg.MODEL.DEVICE = "cpu"
+        return build_model(cfg)
+
+    monkeypatch.setattr(model_zoo, "get", get)
+    scope = {"__name__": "readme"}
+    exec(source, scope)
+    if "model" in scope:
+        assert isinstance(scope["model"], DistillationModel)
+
+
+def test_files_that_it_names_are_there():
+    for path in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (REPO / path).is_file(), path
+    for path in re.findall(r"configs/\S+\.yaml", README):
+        assert (REPO / path).is_file(), path
+
+
+def test_numbers_are_those_of_the_benchmark():
+    page = (REPO / "benchmarks" / "digits.md").read_text()
+    numbers = re.findall(r"\d+\.\d ± \d+\.\d", README)
+    assert len(numbers) == 4
+    for number in numbers:
+        assert f"| {number} |" in page
