@@ -17,7 +17,7 @@ help:
 	@echo "make bench   the numbers of benchmarks/ again (hours; resumable)"
 
 env:
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.10 or later, or name it: make demo PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c "" >/dev/null 2>&1 || { echo "error: $(PYTHON) does not run; install Python 3.10 or later, or name it: make demo PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) tools/setup_env.py $(VENV)
 
 demo: env
