@@ -152,8 +152,16 @@ def test_cka_is_batched():
     torch.testing.assert_close(linear_cka(x, y).flatten(), one_by_one)
 
 
+def test_debiased_cka_of_many_samples_in_fp32():
+    """N HSIC_1 is of the order of 1 / N^2 of the Gram products: no rounding floor may eat it."""
+    x = rand(3, 1000, 6)
+    y = x + 0.5 * rand(3, 1000, 6, seed=1)
+    expected = [np_cka(a, b, debiased=True) for a, b in zip(*(z.double().numpy() for z in (x, y)))]
+    assert linear_cka(x, y, debiased=True).tolist() == pytest.approx(expected, abs=1e-5)
+
+
 def test_debiased_cka_of_noise_is_zero_and_biased_is_not():
-    """METHOD: with many more features than samples the plain estimator is near 1 on noise."""
+    """With many more features than samples the plain estimator is near 1 on noise."""
     x, y = rand(50, 77, 512), rand(50, 77, 512, seed=1)
     assert linear_cka(x, y, center=False).mean() > 0.8
     assert abs(linear_cka(x, y, debiased=True).mean()) < 0.02
@@ -166,9 +174,9 @@ def test_cka_rejects_what_it_cannot_compare():
         linear_cka(rand(3, 2), rand(3, 2), debiased=True)
 
 
-@pytest.mark.parametrize(("n", "p"), [(5, 400), (400, 5)])
-def test_no_large_gram(n, p):
-    """The products are made on the smaller side: never a 400 x 400 matrix."""
+@pytest.mark.parametrize(("n", "p", "q"), [(5, 400, 1), (400, 5, 1), (25, 600, 1), (25, 600, 600)])
+def test_no_large_gram(n, p, q):
+    """Each product is made on its smaller side: never a 400 x 400 or a 600 x 600 matrix."""
     seen = []
 
     class Spy(torch.overrides.TorchFunctionMode):
@@ -178,9 +186,9 @@ def test_no_large_gram(n, p):
                 seen.append(out.numel())
             return out
 
-    student = rand(2, n, p)
+    x, y = rand(2, n, p), rand(2, n, q, seed=1)
     with Spy():
-        for a, b in ((student, student + 1), (student.mT, student.mT + 1)):
+        for a, b in ((x, y), (y, x), (x, x + 1), (x.mT, x.mT + 1)):
             linear_cka(a, b)
             linear_cka(a, b, debiased=True)
     assert max(seen) <= 2 * n * p
@@ -289,9 +297,10 @@ def test_undefined_cka_teaches_nothing():
     ],
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_pcka_of_one_patch_or_nothing(shape, patch, layout):
+@pytest.mark.parametrize("debiased", [False, True])
+def test_pcka_of_one_patch_or_nothing(shape, patch, layout, debiased):
     s, t = rand(*shape).requires_grad_(), rand(*shape, seed=1)
-    loss = pcka_loss(s, t, patch_size=patch, layout=layout, inter_weight=1.0)
+    loss = pcka_loss(s, t, patch_size=patch, layout=layout, inter_weight=1.0, debiased=debiased)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(s.grad).all()
 

@@ -16,21 +16,24 @@ All of them compute in fp32 when they are given half-precision tensors, with aut
 Gram matrices of fp16 features overflow. fp64 stays fp64.
 
 A CKA is *undefined* where one side does not vary (a dead channel, a constant map, a single
-sample): its denominator is zero. :func:`linear_cka` returns 0 there. In the losses a group
-whose teacher does not vary has nothing to teach and adds 0; a group in which only the student
-does not vary has CKA 0 and adds its full weight. The gradient is zero in both cases, never NaN.
+sample): its denominator is zero. So is a debiased one of fewer than four samples.
+:func:`linear_cka` returns 0 for the first and refuses the second. In the losses a group whose
+teacher does not vary, or that has too few samples, has nothing to teach and adds 0; a group in
+which only the student does not vary has CKA 0 and adds its full weight. The gradient is zero
+in all of these cases, never NaN.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["LAYOUTS", "linear_cka", "mimic_loss", "pcka_loss", "rcka_loss"]
+__all__ = ["LAYOUTS", "linear_cka", "mimic_loss", "patch_counts", "pcka_loss", "rcka_loss"]
 
 # name -> (permutation of (B, C, U, p, V, p), the number of leading axes that index G, samples N)
 _PERMUTATIONS: dict[str, tuple[tuple[int, ...], int, int]] = {
@@ -81,20 +84,23 @@ def _square_sum(x: Tensor) -> Tensor:
 def _gram_products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """<K, L>, <K, K>, <L, L> of the Grams K = X X^T, L = Y Y^T of x (..., N, P), y (..., N, Q).
 
-    <X X^T, Y Y^T> = ||X^T Y||^2, so the products are made on the smaller side.
+    <X X^T, Y Y^T> = ||X^T Y||^2, so each of the three is made on its smaller side: nothing
+    larger than N x N is built, nor anything larger than P x Q, P x P or Q x Q.
     """
     n, p, q = x.shape[-2], x.shape[-1], y.shape[-1]
-    if n * n <= p * q:
-        k, l = x @ x.mT, y @ y.mT
-        return (k * l).sum((-2, -1)), _square_sum(k), _square_sum(l)
-    return _square_sum(x.mT @ y), _square_sum(x.mT @ x), _square_sum(y.mT @ y)
+    small = n * n <= p * q
+    k = x @ x.mT if small or n <= p else None
+    l = y @ y.mT if small or n <= q else None
+    kl = (k * l).sum((-2, -1)) if k is not None and l is not None else _square_sum(x.mT @ y)
+    return kl, _square_sum(x.mT @ x if k is None else k), _square_sum(y.mT @ y if l is None else l)
 
 
 def _debias(kl: Tensor, kk: Tensor, ll: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     """Turn Gram products into the unbiased estimator HSIC_1 (Song et al. 2012, eq. 5).
 
     The estimator zeroes the diagonals of K and L; only the diagonals and the row sums are
-    needed for that, never an N x N matrix.
+    needed for that, never an N x N matrix. Its factor 1 / (N (N - 3)) cancels in a CKA and is
+    left out.
     """
     n = x.shape[-2]
 
@@ -105,7 +111,7 @@ def _debias(kl: Tensor, kk: Tensor, ll: Tensor, x: Tensor, y: Tensor) -> tuple[T
     def hsic(dot: Tensor, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
         trace = dot - (a[0] * b[0]).sum(-1)
         sums = a[1].sum(-1) * b[1].sum(-1) / ((n - 1) * (n - 2))
-        return (trace + sums - 2 / (n - 2) * (a[1] * b[1]).sum(-1)) / (n * (n - 3))
+        return trace + sums - 2 / (n - 2) * (a[1] * b[1]).sum(-1)
 
     a, b = diagonal_and_row_sums(x), diagonal_and_row_sums(y)
     return hsic(kl, a, b), hsic(kk, a, a), hsic(ll, b, b)
@@ -113,11 +119,9 @@ def _debias(kl: Tensor, kk: Tensor, ll: Tensor, x: Tensor, y: Tensor) -> tuple[T
 
 def _cka(x: Tensor, y: Tensor, center: bool, debiased: bool) -> tuple[Tensor, Tensor]:
     """CKA of x (..., N, P) and y (..., N, Q), and where y varies; both (...,)."""
-    if x.numel() == 0 or y.numel() == 0:
+    if x.numel() == 0 or y.numel() == 0 or (debiased and x.shape[-2] < 4):
         zero = (x.sum((-2, -1)) + y.sum((-2, -1))) * 0
         return zero, torch.zeros_like(zero, dtype=torch.bool)
-    if debiased and x.shape[-2] < 4:
-        raise ValueError(f"debiased CKA needs at least 4 samples, got {x.shape[-2]}")
     # HSIC_1 does not change when X is centred, but fp32 is more accurate on centred data.
     x, x_varies = _standardize(x, center or debiased)
     y, y_varies = _standardize(y, center or debiased)
@@ -166,6 +170,8 @@ def linear_cka(x: Tensor, y: Tensor, *, center: bool = True, debiased: bool = Fa
             f"linear_cka takes (..., N, P) and (..., N, Q), got {tuple(x.shape)} and "
             f"{tuple(y.shape)}"
         )
+    if debiased and x.shape[-2] < 4:
+        raise ValueError(f"debiased CKA needs at least 4 samples, got {x.shape[-2]}")
     with _full_precision(x.device):
         return _cka(_widen(x), _widen(y), center, debiased)[0]
 
@@ -174,6 +180,22 @@ def _dissimilarity(x: Tensor, y: Tensor, center: bool, debiased: bool = False) -
     """1 - CKA of a student's x (G, N, P) and its teacher's y, mean over G: a scalar."""
     cka, teachable = _cka(x, y, center, debiased)
     return torch.where(teachable, 1 - cka, torch.zeros_like(cka)).mean()
+
+
+def patch_counts(
+    shape: tuple[int, int, int, int], patch_size: int, layout: str
+) -> tuple[int, int, int]:
+    """(G, N, P) of :func:`pcka_loss` for maps of a shape (B, C, H, W)."""
+    b, c, height, width = shape
+    u, v = -(-height // patch_size), -(-width // patch_size)
+    sizes = (b, c, u, patch_size, v, patch_size)
+    order, n_group, n_sample = _PERMUTATIONS[layout]
+    axes = [sizes[i] for i in order]
+    return (
+        math.prod(axes[:n_group]),
+        math.prod(axes[n_group : n_group + n_sample]),
+        math.prod(axes[n_group + n_sample :]),
+    )
 
 
 def _to_patches(x: Tensor, patch_size: int, layout: str) -> Tensor:
@@ -187,10 +209,8 @@ def _to_patches(x: Tensor, patch_size: int, layout: str) -> Tensor:
     if (height, width) != tuple(x.shape[-2:]):
         x = F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
     b, c = x.shape[:2]
-    order, n_group, n_sample = _PERMUTATIONS[layout]
-    x = x.reshape(b, c, height // p, p, width // p, p).permute(order)
-    x = x.flatten(n_group + n_sample).flatten(n_group, n_group + n_sample - 1)
-    return x.flatten(0, n_group - 1)
+    cells = x.reshape(b, c, height // p, p, width // p, p).permute(_PERMUTATIONS[layout][0])
+    return cells.reshape(patch_counts((b, c, height, width), p, layout))
 
 
 def pcka_loss(
