@@ -2,7 +2,7 @@
 #   PYTHON=python3.10 make test    the leg with Detectron2's compiled ops
 PYTHON ?= python3
 # Every interpreter has its own environment, so that switching between them costs nothing.
-VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
+VENV = $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 # Test processes; each runs on one thread.
 JOBS ?= 2

@@ -23,7 +23,9 @@ METHODS = {"student": "plain", "pcka": "PCKA", "pcka_mimic": "PCKA + mimic"}
 
 
 def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
+    """Mean and, of several, standard deviation."""
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 

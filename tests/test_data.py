@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, pairwise_ioa
 from PIL import Image
 
 from pcka_distill import UserError
@@ -41,10 +42,36 @@ def test_without_the_packages_that_draw_it(tmp_path, monkeypatch):
 
 def test_another_version_is_rendered_again(small, tmp_path):
     folder = module.ensure_digits(tmp_path)
-    (folder / "version").write_text("0")
+    (folder / "version").write_text(f"{module._STAMP}0")
     (folder / "train" / "00000.png").unlink()
     module.ensure_digits(tmp_path)
     assert (folder / "train" / "00000.png").is_file()
+
+
+def test_somebody_elses_folder_is_left_alone(tmp_path):
+    mine = tmp_path / module.FOLDER / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("precious")
+    with pytest.raises(UserError, match="was not made here; move it"):
+        module.ensure_digits(tmp_path)
+    assert mine.read_text() == "precious"
+
+
+def test_a_folder_that_cannot_be_written():
+    with pytest.raises(UserError, match=r"cannot be written: .*set DETECTRON2_DATASETS"):
+        module.ensure_digits("/dev/null")
+
+
+def test_another_root(tmp_path):
+    before = MetadataCatalog.get("digits_val").json_file
+    try:
+        module.register_digits(tmp_path)
+        assert MetadataCatalog.get("digits_val").json_file.startswith(str(tmp_path))
+        MetadataCatalog.get("digits_val").prepare()
+        assert (tmp_path / module.FOLDER / "val.json").is_file()
+    finally:
+        module.register_digits()
+    assert MetadataCatalog.get("digits_val").json_file == before
 
 
 def test_interrupted_rendering_leaves_nothing(small, tmp_path, monkeypatch):
@@ -97,6 +124,16 @@ def test_digits_stand_out_from_the_background(digits):
             if (box & ~mask).sum() > 10:
                 contrast.append(abs(image[mask].mean() - image[box & ~mask].mean()))
     assert np.median(contrast) > 25
+
+
+def test_digits_hardly_overlap(digits):
+    """Less than 10 % of the smaller box, but for the pixels that cutting to the mask takes off."""
+    for record in digits:
+        boxes = Boxes([a["bbox"] for a in record["annotations"]])
+        boxes.tensor[:, 2:] += boxes.tensor[:, :2]
+        # Either way round: the larger is that of the smaller box.
+        shared = pairwise_ioa(boxes, boxes).fill_diagonal_(0)
+        assert shared.max() <= 0.1
 
 
 @pytest.mark.parametrize("split", ["val", "test"])

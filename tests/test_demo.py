@@ -11,7 +11,8 @@ import pytest
 from helpers import REPO
 from PIL import Image
 
-from pcka_distill import UserError, bench
+from pcka_distill import UserError, bench, get_distill_cfg
+from pcka_distill.build import merge_config
 from pcka_distill.demo import run_demo
 
 pytestmark = pytest.mark.usefixtures("digits")
@@ -68,15 +69,34 @@ def test_interrupted_continued_and_run_again(tmp_path, capfd, monkeypatch):
     assert (tmp_path / "picture.png").exists()
 
 
-def test_a_run_of_another_config_is_made_again(tmp_path, monkeypatch):
+def test_a_run_of_another_config_is_kept(tmp_path, monkeypatch):
     opts = [*SMALL, "SOLVER.MAX_ITER", 2]
     results = bench.run(STUDENT, tmp_path, [*opts, "SEED", 0], label="student")
     assert results["results"]["digits_test"]["bbox"]["AP"] >= 0
     forbid_processes(monkeypatch)
     assert bench.run(STUDENT, tmp_path, [*opts, "SEED", 0], label="student") == results
-    with pytest.raises(AssertionError, match="started"):
+    with pytest.raises(UserError, match="holds a run of another config; remove that folder"):
         bench.run(STUDENT, tmp_path, [*opts, "SEED", 1], label="student")
-    assert not (tmp_path / "results.json").exists()
+    assert (tmp_path / "results.json").exists()
+    # Not finished without its checkpoint.
+    (tmp_path / "model_final.pth").unlink()
+    with pytest.raises(AssertionError, match="started"):
+        bench.run(STUDENT, tmp_path, [*opts, "SEED", 0], label="student")
+
+
+def test_a_student_of_an_earlier_teacher_is_kept(tmp_path, monkeypatch):
+    teacher = tmp_path / "teacher.pth"
+    teacher.touch()
+    cfg = get_distill_cfg()
+    weights = ["MODEL.DISTILL.TEACHER.WEIGHTS", str(teacher)]
+    folder = tmp_path / "student"
+    merge_config(cfg, str(REPO / STUDENT), ["OUTPUT_DIR", str(folder), *weights], "config")
+    folder.mkdir()
+    (folder / "config.yaml").write_text(cfg.dump())
+    os.utime(folder / "config.yaml", (0, 0))
+    forbid_processes(monkeypatch)
+    with pytest.raises(UserError, match="holds a run of an earlier teacher"):
+        bench.run(STUDENT, folder, label="student", teacher=teacher)
 
 
 def test_a_run_that_fails_says_why(tmp_path):

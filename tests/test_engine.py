@@ -1,6 +1,8 @@
 """Whole runs through the same entry as tools/train_net.py, on the digits set."""
 
 import json
+import logging
+import os
 import subprocess
 import sys
 
@@ -8,6 +10,8 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from helpers import FAMILIES, REPO, make_batch
@@ -106,13 +110,24 @@ def test_a_distilled_run_end_to_end(family, teacher_files, tmp_path):
     assert main(again)["digits_test"]["bbox"]["AP"] == results["digits_test"]["bbox"]["AP"]
 
 
+def command(*args):
+    # As users run it: conftest.py switches scripted functions off.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTORCH_JIT"}
+    return subprocess.run(
+        [sys.executable, str(REPO / "tools" / "train_net.py"), *map(str, args)],
+        capture_output=True, text=True, cwd=REPO, env=environment,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_zero_weight_run_is_stock(family, teacher_files, tmp_path):
-    """Through the whole trainer: the same data, losses and final weights as the plain student."""
-    opts = ["SOLVER.MAX_ITER", 4, "DATASETS.TEST", "()"]
-    main(arguments(f"{family}_student", tmp_path / "plain", *opts))
+    """Through the command line: the same data, losses and final weights as the plain student."""
+    opts = ["SOLVER.MAX_ITER", 4, "DATASETS.TEST", "()", "TEST.EVAL_PERIOD", 0]
     zero = ["MODEL.DISTILL.PCKA.WEIGHT", 0.0, "MODEL.DISTILL.MIMIC.WEIGHT", 0.0]
-    main(distill_arguments(family, teacher_files[family], tmp_path / "zero", *opts, *zero))
+    for folder, config, more in (("plain", "student", []), ("zero", "pcka_mimic", zero)):
+        path = REPO / "configs" / "Digits" / f"{family}_{config}.yaml"
+        done = command("--config-file", path, *opts, *more, "OUTPUT_DIR", tmp_path / folder)
+        assert done.returncode == 0, done.stderr
     plain, zero = (
         torch.load(tmp_path / x / "model_final.pth", weights_only=False)["model"]
         for x in ("plain", "zero")
@@ -131,14 +146,14 @@ def test_resume_continues_everything(teacher_files, tmp_path):
         "retinanet", teacher_files["retinanet"], tmp_path, *opts, flags=["--resume"]
     )
     trainer = Trainer(setup(args))
-    fresh = trainer.model.state_dict()["distill.1.projections.p3.weight"].clone()
+    fresh = trainer.model.state_dict()["distill.mimic.projections.p3.weight"].clone()
     trainer.resume_or_load(resume=True)
     assert trainer.start_iter == 2
     state = trainer.model.state_dict()
     assert list(state) == list(saved["model"])
     assert all(torch.equal(state[k], saved["model"][k]) for k in state)
     # the adapters too, and they had been trained
-    assert not torch.equal(state["distill.1.projections.p3.weight"], fresh)
+    assert not torch.equal(state["distill.mimic.projections.p3.weight"], fresh)
     mine, theirs = trainer.state_dict(), saved["trainer"]
     assert mine["iteration"] == theirs["iteration"] == 1
     assert mine["hooks"]["LRScheduler"] == theirs["hooks"]["LRScheduler"]
@@ -160,7 +175,11 @@ def test_a_finished_run_resumed_is_only_evaluated(teacher_files, tmp_path):
 
 
 def test_adamw_and_sgd_by_key(tmp_path):
-    for name, kind in (("AdamW", torch.optim.AdamW), ("SGD", torch.optim.SGD)):
+    for name, kind in (
+        ("AdamW", torch.optim.AdamW),
+        ("adamw", torch.optim.AdamW),
+        ("SGD", torch.optim.SGD),
+    ):
         cfg = setup(arguments("faster_rcnn_student", tmp_path, "SOLVER.OPTIMIZER", name))
         optimizer = Trainer.build_optimizer(cfg, build_model(cfg))
         assert isinstance(optimizer, kind) and "GradientClip" in type(optimizer).__name__
@@ -174,11 +193,23 @@ BAD = {
     "level": (["MODEL.DISTILL.PCKA.LEVELS", "['p9']"], "unknown level 'p9': student has p3"),
     "loss": (["MODEL.DISTILL.LOSSES", "['PKCALoss']"], "unknown loss 'PKCALoss'"),
     "teacher weights": (["MODEL.DISTILL.TEACHER.WEIGHTS", "no.pth"], "teacher weights not found"),
-    "teacher config": (["MODEL.DISTILL.TEACHER.CONFIG_FILE", "no.yaml"], "neither a file nor"),
+    "teacher config": (["MODEL.DISTILL.TEACHER.CONFIG_FILE", "no.yaml"], "neither a file .* nor"),
     "patch": (["MODEL.DISTILL.PCKA.PATCH_SIZE", "[4]"], "a patch of 4 is larger than level 'p5'"),
     "classes": (["MODEL.RETINANET.NUM_CLASSES", 4], "has 10 classes and the model has 4"),
     "architecture": (["MODEL.DISTILL.STUDENT_ARCHITECTURE", "X"], "STUDENT_ARCHITECTURE is 'X'"),
     "dataset": (["DATASETS.TRAIN", "['digit_train']"], "did you mean digits_train"),
+    "dataset, nothing like it": (
+        ["DATASETS.TRAIN", "['zzzzzz']"], "unknown dataset 'zzzzzz' in DATASETS; your own must be"
+    ),
+    "test dataset": (["DATASETS.TEST", "['digits_tset']"], "did you mean digits_test"),
+    "no loss": (["MODEL.DISTILL.LOSSES", "[]"], "MODEL.DISTILL.LOSSES is empty"),
+    "meta-architecture": (["MODEL.META_ARCHITECTURE", "Retina"], "cannot be built: .*'Retina'"),
+    "backbone": (["MODEL.BACKBONE.NAME", "bilud"], "the model cannot be built: .*'bilud'"),
+    "teacher's backbone": (
+        ["MODEL.DISTILL.TEACHER.OPTS", "['MODEL.BACKBONE.NAME','bilud']"],
+        "the teacher cannot be built: .*'bilud'",
+    ),
+    "mixed precision": (["SOLVER.AMP.ENABLED", True], "SOLVER.AMP.ENABLED needs a CUDA device"),
     "dataset files": (["DATASETS.TRAIN", "['coco_2017_train']"], "is not there: .*DETECTRON2_DATA"),
     "no dataset": (["DATASETS.TRAIN", "[]"], "DATASETS.TRAIN is empty"),
     "batch size": (["SOLVER.IMS_PER_BATCH", 0], "SOLVER.IMS_PER_BATCH is 0"),
@@ -213,9 +244,85 @@ def test_corrupt_student_weights(tmp_path):
         main(args)
 
 
-def test_eval_only_needs_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("flags", [["--eval-only"], ["--eval-only", "--resume"]])
+def test_eval_only_needs_a_checkpoint(flags, tmp_path):
     with pytest.raises(UserError, match="--eval-only needs a checkpoint"):
-        main(arguments("retinanet_student", tmp_path, flags=["--eval-only"]))
+        main(arguments("retinanet_student", tmp_path, flags=flags))
+
+
+def test_eval_only_refuses_the_checkpoint_of_another_model(teacher_files, tmp_path):
+    """Stock Detectron2 warns, and reports the AP of a random head."""
+    state = torch.load(teacher_files["retinanet"])["model"]
+    del state["head.bbox_pred.bias"]
+    state["head.cls_score.weight"] = torch.zeros(7, 64, 3, 3)
+    torch.save({"model": state}, tmp_path / "x.pth")
+    args = arguments(
+        "retinanet_student", tmp_path, "MODEL.WEIGHTS", tmp_path / "x.pth", flags=["--eval-only"]
+    )
+    with pytest.raises(UserError, match=r"1 of another shape .*cls_score.*1 missing .*bbox_pred"):
+        main(args)
+
+
+def test_evaluation_keeps_the_results_of_training(teacher_files, tmp_path):
+    (tmp_path / "results.json").write_text("of training")
+    main(
+        arguments(
+            "retinanet_student", tmp_path, "MODEL.WEIGHTS", teacher_files["retinanet"],
+            "DATASETS.TEST", "('digits_val',)", flags=["--eval-only"],
+        )
+    )  # fmt: skip
+    assert (tmp_path / "results.json").read_text() == "of training"
+    assert "digits_val" in json.loads((tmp_path / "evaluation.json").read_text())["results"]
+
+
+def test_a_last_checkpoint_that_is_gone(tmp_path):
+    (tmp_path / "last_checkpoint").write_text("model_0000099.pth")
+    with pytest.raises(UserError, match=r"model_0000099.pth; correct or remove last_checkpoint"):
+        main(arguments("retinanet_student", tmp_path, flags=["--resume"]))
+
+
+@pytest.fixture
+def my_dataset(tmp_path):
+    """Register a COCO json of one's own; its content is the argument."""
+
+    def register(content):
+        (tmp_path / "my.json").write_text(content)
+        register_coco_instances("my_set", {}, str(tmp_path / "my.json"), str(tmp_path))
+
+    yield register
+    DatasetCatalog.remove("my_set")
+    MetadataCatalog.remove("my_set")
+
+
+EMPTY = json.dumps({"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]})
+
+
+@pytest.mark.parametrize("split", ["TRAIN", "TEST"])
+@pytest.mark.parametrize("content", ['{"images": [', "{}", EMPTY])
+def test_damaged_annotations(split, content, my_dataset, tmp_path):
+    my_dataset(content)
+    args = arguments("retinanet_student", tmp_path, f"DATASETS.{split}", "('my_set',)")
+    with pytest.raises(UserError, match="dataset my_set cannot be used"):
+        main(args)
+
+
+def test_no_evaluator(my_dataset, tmp_path):
+    my_dataset(EMPTY)
+    MetadataCatalog.get("my_set").__dict__["evaluator_type"] = "mine"
+    args = arguments("retinanet_student", tmp_path, "DATASETS.TEST", "('my_set',)")
+    with pytest.raises(UserError, match="no evaluator for dataset 'my_set' of type 'mine'"):
+        main(args)
+
+
+def test_losses_without_the_model_that_computes_them(teacher_files, tmp_path, caplog):
+    logging.getLogger("detectron2").propagate = True
+    setup(
+        distill_arguments(
+            "retinanet", teacher_files["retinanet"], tmp_path,
+            "MODEL.META_ARCHITECTURE", "RetinaNet",
+        )
+    )  # fmt: skip
+    assert "META_ARCHITECTURE is RetinaNet: nothing is distilled" in caplog.text
 
 
 def test_an_output_folder_that_cannot_be_made():
@@ -242,13 +349,6 @@ def test_more_gpus_than_there_are(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train_net.py", "--num-gpus", "64"])
     with pytest.raises(SystemExit, match=r"^error: --num-gpus is 64 and \d+ CUDA devices"):
         cli()
-
-
-def command(*args):
-    return subprocess.run(
-        [sys.executable, str(REPO / "tools" / "train_net.py"), *map(str, args)],
-        capture_output=True, text=True, cwd=REPO,
-    )  # fmt: skip
 
 
 def test_the_command_prints_the_line_and_no_traceback(tmp_path):

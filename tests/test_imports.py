@@ -18,14 +18,15 @@ ALLOWED = {
     "backbones": set(),
     "data": {"errors"},
     "pairing": {"errors"},
-    "teacher": {"errors"},
+    "checkpoint": set(),
+    "teacher": {"errors", "checkpoint"},
     "losses": {"errors", "functional", "structures", "pairing"},
     "adapters": {"errors", "structures", "recorder"},
     "build": {"errors", "config", "losses", "teacher"},
     "meta_arch": {
         "errors", "structures", "recorder", "pairing", "losses", "adapters", "teacher", "build",
     },
-    "engine": {"errors", "adapters", "build", "meta_arch"},
+    "engine": {"errors", "checkpoint", "adapters", "build", "meta_arch"},
     "bench": {"errors", "build"},
     "demo": {"bench", "build"},
 }  # fmt: skip

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -98,11 +100,13 @@ def test_every_loss_can_be_built_from_its_defaults(name):
         (lambda: PCKALoss(weight=-1.0), "weight must not be negative"),
         (lambda: PCKALoss(warmup_iters=-1), "warm-up must not be negative"),
         (lambda: PCKALoss(levels=("p3", "p3")), "named twice"),
-        (lambda: PCKALoss(patch_size=0), "patch sizes must be at least 1"),
+        (lambda: PCKALoss(patch_size=0), "whole numbers of at least 1, got \\[0\\]"),
+        (lambda: PCKALoss(patch_size=(1.5,)), "whole numbers of at least 1, got \\[1.5\\]"),
         (lambda: PCKALoss(patch_size=(2, 4), levels=("p3",)), "2 patch sizes for 1 levels"),
         (lambda: PCKALoss(layout="x"), "unknown layout 'x'"),
-        (lambda: PCKALoss(intra_weight=0.0), "INTRA_WEIGHT or INTER_WEIGHT"),
-        (lambda: RCKALoss(intra_weight=0.0, inter_weight=0.0), "INTRA_WEIGHT or INTER_WEIGHT"),
+        (lambda: PCKALoss(intra_weight=0.0), "INTRA_WEIGHT and INTER_WEIGHT must be positive"),
+        (lambda: PCKALoss(inter_weight=-1.0), "none negative; got 1.0 and -1.0"),
+        (lambda: RCKALoss(intra_weight=0.0, inter_weight=0.0), "must be positive"),
         (lambda: RCKALoss(topk_per_image=-1), "must not be negative"),
     ],
 )
@@ -114,10 +118,17 @@ def test_settings_that_cannot_work(build, message):
 @pytest.mark.parametrize(
     ("kwargs", "shape", "message"),
     [
-        ({"patch_size": 4}, (8, 3, 9), "a patch of 4 is larger than level 'p3'"),
-        ({"patch_size": 4}, (8, 4, 8), "leave 2 samples"),
-        ({"patch_size": 2, "debiased": True}, (8, 2, 6), "fewer than 4"),
-        ({"patch_size": 3, "layout": "sample"}, (2, 3, 3), "leave 2 samples"),
+        ({"patch_size": 4}, (8, 5, 3, 9), "a patch of 4 is larger than level 'p3'"),
+        ({"patch_size": 4}, (8, 5, 4, 8), "leave 2 samples for the intra"),
+        ({"patch_size": 4, "center": False}, (8, 5, 4, 4), "leave 1 samples .* fewer than 2"),
+        ({"patch_size": 2, "debiased": True}, (8, 5, 2, 6), "fewer than 4"),
+        ({"patch_size": 2, "debiased": True, "center": False}, (8, 5, 2, 6), "fewer than 4"),
+        ({"patch_size": 3, "layout": "sample"}, (2, 5, 3, 3), "leave 2 samples"),
+        (
+            {"patch_size": 1, "layout": "sample", "inter_weight": 1.0, "intra_weight": 0.0},
+            (8, 5, 9, 9),
+            "leave 1 samples for the inter relation",
+        ),
     ],
 )
 def test_patches_that_leave_nothing_to_compare(kwargs, shape, message):
@@ -127,6 +138,29 @@ def test_patches_that_leave_nothing_to_compare(kwargs, shape, message):
 
 
 def test_patches_that_fit():
-    PCKALoss(patch_size=4).check_map(pair("p3"), (1, 8, 8))
-    PCKALoss(patch_size=3, layout="sample").check_map(pair("p3"), (8, 3, 3))
-    PCKALoss(patch_size=4, center=False).check_map(pair("p3"), (1, 4, 4))
+    PCKALoss(patch_size=4).check_map(pair("p3"), (1, 5, 8, 8))
+    PCKALoss(patch_size=3, layout="sample").check_map(pair("p3"), (8, 5, 3, 3))
+    PCKALoss(patch_size=4, center=False).check_map(pair("p3"), (1, 5, 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("layout", "debiased"), [("spatial", False), ("sample", False), ("sample", True)]
+)
+def test_the_cka_of_unrelated_maps_is_told(layout, debiased):
+    loss = PCKALoss(patch_size=2, layout=layout, debiased=debiased)
+    note = loss.check_map(pair("p3"), (2, 200, 16, 12))
+    patches, values, noise = re.fullmatch(
+        r"(\d+) patches of (\d+) values; unrelated maps have a CKA of (\S+)", note
+    ).groups()
+    assert int(patches) * int(values) == 2 * 16 * 12
+    x, y = rand(2, 200, 16, 12), rand(2, 200, 16, 12, seed=1)
+    actual = 1 - pcka_loss(x, y, patch_size=2, layout=layout, debiased=debiased)
+    assert float(noise) == pytest.approx(actual.item(), abs=0.02)
+
+
+def test_classes_too_few_to_relate():
+    RCKALoss().check_logits(3)
+    RCKALoss(center=False).check_logits(2)
+    RCKALoss(inter_weight=0.0).check_logits(1)
+    with pytest.raises(UserError, match=r"have 2; set MODEL\.DISTILL\.RCKA\.INTER_WEIGHT 0"):
+        RCKALoss().check_logits(2)

@@ -1,6 +1,7 @@
 """A student, a teacher and losses together, on the real adapters."""
 
 import copy
+import logging
 import pickle
 
 import pytest
@@ -8,7 +9,6 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import Backbone, build_model
-from detectron2.modeling.roi_heads import Res5ROIHeads
 from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
 from helpers import FAMILIES, digits_cfg, distill_cfg, make_batch
@@ -80,6 +80,23 @@ def test_every_family_with_every_loss(family, losses, teacher_files, batch):
     assert model.student.backbone.bottom_up.stem.conv1.weight.grad.abs().sum() > 0
     # Every adapter learns: an unused parameter is an error under DDP.
     assert all(p.grad is not None for p in model.distill.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_falls(family, name, teacher_files):
+    """On a batch that does not change, with gradients of distillation alone."""
+    model = build(family, teacher_files, [name])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    history = []
+    for _ in range(20):
+        out = step(model, make_batch())
+        loss = sum(out[k] for k in TERMS[name])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    assert sum(history[-3:]) < 0.8 * sum(history[:3]), history
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -208,7 +225,7 @@ def test_a_checkpoint_is_the_students(family, teacher_files, tmp_path):
     assert not result.missing_keys and not result.incorrect_shapes
     # Beside the student there are only the 1x1 adapters; of the teacher there is nothing.
     assert sorted(result.unexpected_keys) == sorted(
-        f"distill.2.projections.{p}.{x}" for p in ("p3", "p4", "p5") for x in ("weight", "bias")
+        f"distill.mimic.projections.{p}.{x}" for p in ("p3", "p4", "p5") for x in ("weight", "bias")
     )
     for key, value in alone.state_dict().items():
         assert torch.equal(value, model.student.state_dict()[key])
@@ -217,6 +234,12 @@ def test_a_checkpoint_is_the_students(family, teacher_files, tmp_path):
     assert not any((result.missing_keys, result.unexpected_keys, result.incorrect_shapes))
     for key, value in again.state_dict().items():
         assert torch.equal(value, model.state_dict()[key])
+
+
+def test_a_checkpoint_does_not_depend_on_the_order_of_the_losses(teacher_files):
+    model = build("retinanet", teacher_files, ["PCKALoss", "MimicLoss"])
+    other = build("retinanet", teacher_files, ["MimicLoss"], seed=1)
+    other.load_state_dict(model.state_dict())
 
 
 def test_without_adapters_the_checkpoint_is_the_stock_one(teacher_files):
@@ -234,6 +257,29 @@ def test_a_stock_checkpoint_loads_into_the_student(family, teacher_files, tmp_pa
     assert not result.unexpected_keys and not result.incorrect_shapes
     for key, value in alone.state_dict().items():
         assert torch.equal(model.student.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_of_other_classes_loads_as_in_stock(family, teacher_files, tmp_path):
+    """Fine-tuning of a zoo model: what fits is loaded, the rest is named, nothing fails."""
+    count = (
+        "MODEL.RETINANET.NUM_CLASSES" if family == "retinanet" else "MODEL.ROI_HEADS.NUM_CLASSES"
+    )
+    zoo = build_model(digits_cfg(f"{family}_student", count, 7))
+    torch.save({"model": zoo.state_dict()}, tmp_path / "zoo.pth")
+    ours, theirs = build(family, teacher_files), stock(family)
+    mine, stocks = (_incompatible(m, tmp_path / "zoo.pth") for m in (ours, theirs))
+    assert mine.incorrect_shapes == stocks.incorrect_shapes != []
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
+
+
+def test_what_is_not_its_own_is_the_students(teacher_files):
+    model = build("faster_rcnn", teacher_files)
+    assert model.roi_heads is model.student.roi_heads
+    assert model.device == model.student.device
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = model.nonsense
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -261,10 +307,24 @@ def test_copies_work_and_are_independent(clone, teacher_files, batch):
     model = build("faster_rcnn", teacher_files, LOSSES)
     expected = step(model, batch)
     twin = clone(model)
-    for p in model.student.parameters():
+    for p in (*model.parameters(), *model.teacher.model.parameters()):
         p.data.zero_()
+    model.double()
     out = step(twin, batch)
     assert {k: v.item() for k, v in out.items()} == {k: v.item() for k, v in expected.items()}
+
+
+def test_two_losses_of_one_name():
+    student = build_model(digits_cfg("retinanet_student"))
+    with pytest.raises(UserError, match="two distillation losses are called 'mimic'"):
+        DistillationModel(
+            student=student, teacher=FrozenTeacher(student), losses=[MimicLoss(), MimicLoss()]
+        )
+
+
+def test_without_a_loss_it_is_not_silently_plain(teacher_files):
+    with pytest.raises(UserError, match=r"MODEL\.DISTILL\.LOSSES is empty"):
+        build("retinanet", teacher_files, [])
 
 
 # ---- unequal pairs ---------------------------------------------------------------------------
@@ -285,9 +345,18 @@ def test_other_channels(batch):
     model = unequal(teacher_opts=["MODEL.FPN.OUT_CHANNELS", 32])
     out = step(model, batch)
     sum(v for k, v in out.items() if "pcka" in k).backward()
-    assert model.distill[0].projections["p4"].weight.shape == (32, 64, 1, 1)
-    assert model.distill[0].projections["p4"].weight.grad.abs().sum() > 0
+    assert model.distill["pcka"].projections["p4"].weight.shape == (32, 64, 1, 1)
+    assert model.distill["pcka"].projections["p4"].weight.grad.abs().sum() > 0
     assert model.student.backbone.bottom_up.stem.conv1.weight.grad.abs().sum() > 0
+
+
+def test_the_plan_is_seen_wherever_detectron2s_log_is(caplog):
+    """Without any set-up of ours: in a trainer of one's own."""
+    logging.getLogger("detectron2").propagate = True
+    with caplog.at_level(logging.INFO, "detectron2"):
+        unequal(teacher_opts=["MODEL.FPN.OUT_CHANNELS", 32], smallest_batch=(2, 96, 96))
+    assert "p3 (64 channels, stride 8) <- p3 (32 channels, stride 8): 1x1 conv" in caplog.text
+    assert "pcka on p5: 8 patches of 4 values; unrelated maps have a CKA of 0.33" in caplog.text
 
 
 def test_other_levels_and_strides(batch):
@@ -383,7 +452,7 @@ def test_channel_order_is_translated(batch):
 @pytest.mark.parametrize(
     ("opts", "message"),
     [
-        (["MODEL.RETINANET.NUM_CLASSES", 7], r"classes 10 \(student\) != 7 \(teacher\)"),
+        (["MODEL.RETINANET.NUM_CLASSES", 7], r"columns 10 \(student\) != 7 \(teacher\)"),
         (["MODEL.ANCHOR_GENERATOR.SIZES", [[14], [26], [42]]], "anchors a cell"),
     ],
 )
@@ -394,6 +463,35 @@ def test_logits_that_cannot_be_compared(opts, message):
     unequal(teacher_opts=opts)
 
 
+def test_one_class_has_no_relation_to_others():
+    one = ["MODEL.RETINANET.NUM_CLASSES", 1]
+    with pytest.raises(UserError, match="INTER_WEIGHT 0"):
+        unequal(one, one, losses=[RCKALoss()])
+    unequal(one, one, losses=[RCKALoss(inter_weight=0.0)])
+
+
+def test_features_of_every_head_but_logits_of_the_supported(batch):
+    cascade = build_model(
+        digits_cfg(
+            "faster_rcnn_student",
+            *("MODEL.ROI_HEADS.NAME", "CascadeROIHeads"),
+            *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True),
+        )
+    )
+    student = build_model(digits_cfg("faster_rcnn_student"))
+    for pair in ((student, cascade), (cascade, student)):
+        model = DistillationModel(
+            student=pair[0],
+            teacher=FrozenTeacher(copy.deepcopy(pair[1])),
+            losses=[PCKALoss(patch_size=2, layout="sample")],
+        )
+        assert "loss_pcka_p3" in step(model, batch)
+        with pytest.raises(UserError, match="the logits of CascadeROIHeads cannot be read"):
+            DistillationModel(
+                student=pair[0], teacher=FrozenTeacher(copy.deepcopy(pair[1])), losses=[RCKALoss()]
+            )
+
+
 def test_unsupported_models_name_the_supported(batch):
     with pytest.raises(
         UserError, match="no adapter for Linear: supported are GeneralizedRCNN, Ret"
@@ -401,10 +499,6 @@ def test_unsupported_models_name_the_supported(batch):
         DistillationModel(
             student=nn.Linear(1, 1), teacher=FrozenTeacher(nn.Linear(1, 1)), losses=[PCKALoss()]
         )
-    student = build_model(digits_cfg("faster_rcnn_student"))
-    student.roi_heads.__class__ = Res5ROIHeads
-    with pytest.raises(UserError, match="no adapter for Res5ROIHeads"):
-        DistillationModel(student=student, teacher=FrozenTeacher(student), losses=[PCKALoss()])
 
 
 # ---- hard input ------------------------------------------------------------------------------

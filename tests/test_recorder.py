@@ -1,5 +1,6 @@
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -28,6 +29,15 @@ def test_every_call_is_kept_in_order_and_only_inside():
         assert [c.args[0] for c in record["shared"]] == xs
         assert all(a.output is b for a, b in zip(record["shared"], out))
     assert all(not tap.calls and not tap.open for tap in net.recorder._taps.values())
+
+
+def test_outside_nothing_is_kept_alive():
+    """An evaluation of thousands of images passes through the hooks, too."""
+    net = Net()
+    out = net([torch.zeros(1, 2)])[0]
+    alive = weakref.ref(out)
+    del out
+    assert alive() is None
 
 
 def test_nothing_is_kept_after_an_error():

@@ -61,7 +61,9 @@ def main() -> None:
         with open(stamp) as f:
             if f.read() == wanted:
                 return
-    if os.path.isdir(venv):
+    if os.path.exists(venv):
+        if not os.path.isfile(os.path.join(venv, "pyvenv.cfg")):
+            fail("{} exists and is no virtual environment; move it away".format(venv))
         print("{} is incomplete or out of date, making it again".format(sys.argv[1]), flush=True)
         shutil.rmtree(venv)
     free = shutil.disk_usage(os.path.dirname(venv)).free / 1e9

@@ -14,6 +14,7 @@ from pcka_distill.errors import UserError
 from pcka_distill.losses import (
     DISTILL_LOSS_REGISTRY,
     DistillLoss,
+    FeatureLoss,
     MimicLoss,
     PCKALoss,
     RCKALoss,
@@ -29,6 +30,7 @@ __all__ = [
     "Adapter",
     "DistillLoss",
     "DistillationModel",
+    "FeatureLoss",
     "FrozenTeacher",
     "MimicLoss",
     "PCKALoss",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -76,9 +75,6 @@ def run(
 ) -> dict[str, Any]:
     """Train and evaluate a config in a folder, or go on with it, or only read its results.
 
-    A run of another config that is found there, or one that learned from an older teacher, is
-    made again.
-
     Args:
         config: path below the repository.
         folder: OUTPUT_DIR of the run; its output goes to ``train.log`` there.
@@ -91,7 +87,8 @@ def run(
         what ``results.json`` says.
 
     Raises:
-        UserError: the run failed; the message has its last line.
+        UserError: the run failed (the message has its last line), or the folder holds something
+            else: a run of another config, or one that learned from an earlier teacher.
     """
     folder = folder.absolute()
     opts = [*opts, "OUTPUT_DIR", str(folder)]
@@ -104,8 +101,11 @@ def run(
         other = dumped.read_text() != cfg.dump()
         older = teacher is not None and teacher.stat().st_mtime > dumped.stat().st_mtime
         if other or older:
-            shutil.rmtree(folder)
-    if not results.exists():
+            raise UserError(
+                f"{folder} holds a run of {'another config' if other else 'an earlier teacher'}; "
+                "remove that folder to make it again, or choose another output folder"
+            )
+    if not (results.exists() and (folder / "model_final.pth").exists()):
         folder.mkdir(parents=True, exist_ok=True)
         environment = dict(os.environ)
         if threads is not None:

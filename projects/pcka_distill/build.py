@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
@@ -21,6 +20,7 @@ from pcka_distill.teacher import FrozenTeacher, load_teacher_weights
 
 __all__ = [
     "build_losses",
+    "build_registered",
     "build_student",
     "build_teacher",
     "get_distill_cfg",
@@ -30,7 +30,8 @@ __all__ = [
     "student_config",
 ]
 
-logger = logging.getLogger(__name__)
+# A child of Detectron2's logger, so that it is seen wherever that one is.
+logger = logging.getLogger(f"detectron2.{__name__}")
 
 
 @contextlib.contextmanager
@@ -111,7 +112,22 @@ def student_config(cfg: CfgNode) -> CfgNode:
 
 def build_student(cfg: CfgNode) -> nn.Module:
     """The student, exactly as Detectron2 builds it."""
-    return build_model(student_config(cfg))
+    return build_registered(student_config(cfg), "the model")
+
+
+def build_registered(cfg: CfgNode, what: str) -> nn.Module:
+    """Detectron2's ``build_model``.
+
+    Raises:
+        UserError: a meta-architecture, backbone or head that is not registered.
+    """
+    try:
+        model: nn.Module = build_model(cfg)
+    except KeyError as e:
+        if "registry" not in str(e):
+            raise
+        raise UserError(f"{what} cannot be built: {reason(e)}") from e
+    return model
 
 
 def _teacher_config_file(name: str) -> tuple[str, str]:
@@ -125,12 +141,16 @@ def _teacher_config_file(name: str) -> tuple[str, str]:
     for candidate in (Path(name), Path(__file__).parents[2] / name):
         if candidate.is_file():
             return str(candidate), ""
+    # Not at the top: it needs pkg_resources, which newer setuptools no longer bring, and only
+    # zoo names need it.
+    from detectron2 import model_zoo
+
     try:
         return model_zoo.get_config_file(name), name
     except RuntimeError as e:
         raise UserError(
-            f"teacher config {name!r} is neither a file nor a name in Detectron2's model zoo; "
-            "change MODEL.DISTILL.TEACHER.CONFIG_FILE"
+            f"teacher config {name!r} is neither a file (seen from {os.getcwd()}) nor a name in "
+            "Detectron2's model zoo; change MODEL.DISTILL.TEACHER.CONFIG_FILE"
         ) from e
 
 
@@ -148,6 +168,8 @@ def build_teacher(cfg: CfgNode) -> FrozenTeacher:
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     weights = node.WEIGHTS
     if zoo_name and not weights:
+        from detectron2 import model_zoo
+
         try:
             weights = model_zoo.get_checkpoint_url(zoo_name)
         except RuntimeError as e:
@@ -155,7 +177,7 @@ def build_teacher(cfg: CfgNode) -> FrozenTeacher:
                 f"the model zoo has no weights for {zoo_name}; set MODEL.DISTILL.TEACHER.WEIGHTS"
             ) from e
     with own_random_stream():
-        model = build_model(teacher_cfg)
+        model = build_registered(teacher_cfg, "the teacher")
     loaded = load_teacher_weights(model, weights, allow_partial=node.ALLOW_PARTIAL)
     logger.info(
         f"Teacher: {teacher_cfg.MODEL.META_ARCHITECTURE} of {node.CONFIG_FILE}, "
@@ -168,6 +190,11 @@ def build_teacher(cfg: CfgNode) -> FrozenTeacher:
 def build_losses(cfg: CfgNode) -> list[DistillLoss]:
     """The losses of ``MODEL.DISTILL.LOSSES`` whose weight is not zero."""
     names = list(cfg.MODEL.DISTILL.LOSSES)
+    if not names:
+        raise UserError(
+            "MODEL.DISTILL.LOSSES is empty: name what the student is to learn by, such as "
+            "PCKALoss, or set META_ARCHITECTURE to the student's own"
+        )
     if len(set(names)) != len(names):
         raise UserError(f"a loss is named twice in MODEL.DISTILL.LOSSES {names}")
     losses = []

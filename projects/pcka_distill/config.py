@@ -11,7 +11,9 @@ def add_pcka_distill_config(cfg: CN) -> None:
     """Add ``MODEL.DISTILL`` and ``SOLVER.OPTIMIZER`` with their defaults."""
     # "SGD" is Detectron2's own. "AdamW" reads SOLVER.BASE_LR and WEIGHT_DECAY. It has to live
     # outside MODEL.DISTILL because a plain student and a teacher are trained with it too.
-    cfg.SOLVER.OPTIMIZER = "SGD"
+    # Other projects add the same key: theirs stays.
+    if "OPTIMIZER" not in cfg.SOLVER:
+        cfg.SOLVER.OPTIMIZER = "SGD"
 
     cfg.MODEL.DISTILL = CN()
     # The student's own meta-architecture, e.g. "RetinaNet"; the rest of MODEL describes it.

@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,17 +41,20 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pcka_distill.adapters import find_adapter
 from pcka_distill.build import (
+    build_registered,
     build_student,
     get_distill_cfg,
     merge_config,
     student_config,
 )
+from pcka_distill.checkpoint import StrictCheckpointer
 from pcka_distill.errors import UserError, reason
 from pcka_distill.meta_arch import DistillationModel
 
 __all__ = ["Trainer", "cli", "main", "setup"]
 
-logger = logging.getLogger(__name__)
+# A child of Detectron2's logger, so that it is seen wherever that one is.
+logger = logging.getLogger(f"detectron2.{__name__}")
 
 
 class Stopwatch(HookBase):
@@ -82,7 +86,7 @@ class ProgressBar(HookBase):
     def before_train(self) -> None:
         if not sys.stderr.isatty():
             return
-        loggers = [logging.getLogger(n) for n in ("detectron2", "fvcore", "pcka_distill")]
+        loggers = [logging.getLogger(n) for n in ("detectron2", "fvcore")]
         self._redirect = logging_redirect_tqdm(loggers)
         self._redirect.__enter__()
         start, stop = self.trainer.start_iter, self.trainer.max_iter
@@ -99,28 +103,22 @@ class ProgressBar(HookBase):
             self._bar = None
 
 
-class StudentCheckpointer(DetectionCheckpointer):
-    """Loads a distilled checkpoint into the student alone: the adapters are left in the file."""
-
-    def _load_model(self, checkpoint: Any) -> Any:
-        for key in [k for k in checkpoint["model"] if k.startswith("distill.")]:
-            del checkpoint["model"][key]
-        return super()._load_model(checkpoint)
-
-
 def _resume_or_load(checkpointer: DetectionCheckpointer, path: str, resume: bool) -> None:
-    source = checkpointer.get_checkpoint_file() if resume else ""
-    source = source or path
+    """Detectron2's ``resume_or_load``, with what to change if it fails."""
+    last = checkpointer.get_checkpoint_file() if resume else ""
+    source = last or path
+    advice = (
+        "correct or remove last_checkpoint in OUTPUT_DIR, or leave out --resume"
+        if last
+        else "change MODEL.WEIGHTS"
+    )
     try:
         checkpointer.resume_or_load(path, resume=resume)
     except (AssertionError, FileNotFoundError, IsADirectoryError) as e:
-        raise UserError(f"checkpoint not found: {source}; change MODEL.WEIGHTS") from e
+        raise UserError(f"checkpoint not found: {source}; {advice}") from e
     except Exception as e:
         # Whatever pickle, zipfile and torch raise on a damaged file: a dozen types.
-        raise UserError(
-            f"checkpoint {source} cannot be loaded ({reason(e)}); if it is damaged or "
-            "belongs to another model, change MODEL.WEIGHTS or remove it"
-        ) from e
+        raise UserError(f"checkpoint {source} cannot be loaded ({reason(e)}); {advice}") from e
 
 
 class Trainer(DefaultTrainer):
@@ -130,23 +128,30 @@ class Trainer(DefaultTrainer):
         # The base class builds its hooks in its constructor.
         self.stopwatch = Stopwatch()
         super().__init__(cfg)
-        _check_classes(cfg, self.model)
+        _check_classes(cfg.DATASETS.TRAIN, self.model)
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model = build_registered(cfg, "the model")
+        logger.info(f"Model:\n{model}")
+        return model
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         try:
             return super().build_train_loader(cfg)
-        except AssertionError as e:
-            raise UserError(
-                f"dataset {', '.join(cfg.DATASETS.TRAIN)} cannot be used: {reason(e)}"
-            ) from e
+        except (AssertionError, ValueError, KeyError) as e:
+            # Of annotation files that are damaged, empty or no COCO json.
+            names = ", ".join(cfg.DATASETS.TRAIN)
+            raise UserError(f"dataset {names} cannot be used: {reason(e)}") from e
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        if cfg.SOLVER.OPTIMIZER == "SGD":
+        name = cfg.SOLVER.OPTIMIZER.upper()
+        if name == "SGD":
             optimizer: torch.optim.Optimizer = build_optimizer(cfg, model)
             return optimizer
-        if cfg.SOLVER.OPTIMIZER != "AdamW":
+        if name != "ADAMW":
             raise UserError(
                 f"unknown SOLVER.OPTIMIZER {cfg.SOLVER.OPTIMIZER!r}, expected SGD or AdamW"
             )
@@ -164,18 +169,12 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-        if kind == "coco":
-            return COCOEvaluator(dataset_name, output_dir=folder)
-        if kind == "lvis":
-            return LVISEvaluator(dataset_name, output_dir=folder)
+        kind = _evaluator_type(dataset_name)
         if kind == "pascal_voc":
             return PascalVOCDetectionEvaluator(dataset_name)
-        raise UserError(
-            f"no evaluator for dataset {dataset_name!r} of type {kind!r}; set its evaluator_type "
-            "in MetadataCatalog to coco, lvis or pascal_voc"
-        )
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+        evaluator = COCOEvaluator if kind == "coco" else LVISEvaluator
+        return evaluator(dataset_name, output_dir=folder)
 
     def build_hooks(self) -> list[HookBase | None]:
         hooks: list[HookBase | None] = super().build_hooks()
@@ -191,6 +190,16 @@ class Trainer(DefaultTrainer):
             self.start_iter = self.iter + 1
 
 
+def _evaluator_type(dataset: str) -> str:
+    kind = MetadataCatalog.get(dataset).get("evaluator_type")
+    if kind not in ("coco", "lvis", "pascal_voc"):
+        raise UserError(
+            f"no evaluator for dataset {dataset!r} of type {kind!r}; set its evaluator_type in "
+            "MetadataCatalog to coco, lvis or pascal_voc"
+        )
+    return str(kind)
+
+
 def _student(model: nn.Module) -> nn.Module:
     """The student in a distilled model; any other model itself."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -198,17 +207,17 @@ def _student(model: nn.Module) -> nn.Module:
     return model.student if isinstance(model, DistillationModel) else model
 
 
-def _check_classes(cfg: CfgNode, model: nn.Module) -> None:
-    """Refuse a head whose number of classes is not the dataset's."""
+def _check_classes(datasets: Sequence[str], model: nn.Module) -> None:
+    """Refuse a head whose number of classes is not the datasets'."""
     student = _student(model)
     try:
         count = find_adapter(student).num_classes(student)
     except UserError:
         # A plain model of a family that we cannot distil can still be trained.
         return
-    for name in cfg.DATASETS.TRAIN:
+    for name in datasets:
         classes = MetadataCatalog.get(name).get("thing_classes")
-        if classes is not None and len(classes) != count:
+        if None not in (classes, count) and len(classes) != count:
             raise UserError(
                 f"dataset {name!r} has {len(classes)} classes and the model has {count}; set "
                 f"MODEL.RETINANET.NUM_CLASSES or MODEL.ROI_HEADS.NUM_CLASSES to {len(classes)}"
@@ -219,10 +228,10 @@ def _check_datasets(names: list[str]) -> None:
     for name in names:
         if name not in DatasetCatalog:
             close = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
-            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            hint = f", did you mean {', '.join(close)}?" if close else ""
             raise UserError(
-                f"unknown dataset {name!r} in DATASETS{hint} Your own: register_coco_instances "
-                "before training"
+                f"unknown dataset {name!r} in DATASETS{hint}; your own must be registered before, "
+                "for example with register_coco_instances"
             )
         metadata = MetadataCatalog.get(name)
         prepare = metadata.get("prepare")
@@ -241,15 +250,21 @@ def _check(cfg: CfgNode, args: argparse.Namespace) -> None:
     """What can be known to fail before anything is built."""
     processes = max(1, args.num_gpus) * args.num_machines
     batch = cfg.SOLVER.IMS_PER_BATCH
+    if cfg.SOLVER.REFERENCE_WORLD_SIZE:
+        # Detectron2 scales it to the number of processes.
+        batch = batch * processes // cfg.SOLVER.REFERENCE_WORLD_SIZE
     if not args.eval_only and (batch < 1 or batch % processes):
         raise UserError(
             f"SOLVER.IMS_PER_BATCH is {batch}; it must be a positive multiple of the number of "
             f"processes ({processes})"
         )
+    if cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise UserError("SOLVER.AMP.ENABLED needs a CUDA device; set it False")
     if not args.eval_only and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty; name a dataset to train on")
     _check_datasets([*cfg.DATASETS.TEST, *(() if args.eval_only else cfg.DATASETS.TRAIN)])
-    if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
+    last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+    if args.eval_only and not (cfg.MODEL.WEIGHTS or (args.resume and os.path.isfile(last))):
         raise UserError(
             "--eval-only needs a checkpoint: set MODEL.WEIGHTS, or --resume for the last one in "
             "OUTPUT_DIR"
@@ -278,13 +293,17 @@ def setup(args: argparse.Namespace) -> CfgNode:
         os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     except OSError as e:
         raise UserError(f"OUTPUT_DIR cannot be made: {e}; change OUTPUT_DIR") from e
-    setup_logger(
-        cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="pcka_distill", abbrev_name="pcka"
-    )
+    # default_setup makes the same call again, which changes nothing.
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
     _check(cfg, args)
     default_setup(cfg, args)
     if no_gpu:
         logger.warning("No CUDA device here: MODEL.DEVICE is set to cpu")
+    kind = cfg.MODEL.META_ARCHITECTURE
+    if cfg.MODEL.DISTILL.LOSSES and kind != "DistillationModel":
+        logger.warning(
+            f"MODEL.DISTILL.LOSSES is set, but META_ARCHITECTURE is {kind}: nothing is distilled"
+        )
     if comm.is_main_process():
         # What stock Detectron2 needs, beside a checkpoint, to run the student.
         stock = student_config(cfg)
@@ -294,8 +313,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def _write_results(cfg: CfgNode, model: nn.Module, results: dict[str, Any], **facts: float) -> None:
-    """Write OUTPUT_DIR/results.json: the end of a run, for programs to read."""
+def _write_results(
+    cfg: CfgNode, file: str, model: nn.Module, results: dict[str, Any], **facts: float
+) -> None:
+    """Write a file in OUTPUT_DIR for programs to read."""
     if not comm.is_main_process():
         return
     names = cfg.DATASETS.TEST
@@ -312,7 +333,7 @@ def _write_results(cfg: CfgNode, model: nn.Module, results: dict[str, Any], **fa
             for name, tasks in by_dataset.items()
         },
     }
-    with open(os.path.join(cfg.OUTPUT_DIR, "results.json"), "w") as f:
+    with open(os.path.join(cfg.OUTPUT_DIR, file), "w") as f:
         json.dump(content, f, indent=1)
 
 
@@ -320,23 +341,41 @@ def main(args: argparse.Namespace) -> Any:
     """Train, or with ``--eval-only`` evaluate, what the config describes.
 
     Returns:
-        the metrics of ``DATASETS.TEST``, also written to ``OUTPUT_DIR/results.json``.
+        the metrics of ``DATASETS.TEST``, also written to ``OUTPUT_DIR``: to ``results.json`` after
+        training, to ``evaluation.json`` otherwise.
     """
     cfg = setup(args)
+    for name in cfg.DATASETS.TEST:
+        _evaluator_type(name)
+        try:
+            images = len(DatasetCatalog.get(name))
+        except (AssertionError, ValueError, KeyError) as e:
+            raise UserError(f"dataset {name} cannot be used: {reason(e)}") from e
+        if not images:
+            raise UserError(f"dataset {name} cannot be used: it has no images")
     if args.eval_only:
         # The student alone: no teacher is built or needed.
         model = build_student(cfg)
-        _resume_or_load(
-            StudentCheckpointer(model, save_dir=cfg.OUTPUT_DIR), cfg.MODEL.WEIGHTS, args.resume
-        )
+        _check_classes(cfg.DATASETS.TEST, model)
+        checkpointer = StrictCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        _resume_or_load(checkpointer, cfg.MODEL.WEIGHTS, args.resume)
+        shapes, missing, unexpected = mismatch = checkpointer.mismatch
+        if shapes or missing:
+            raise UserError(
+                f"the checkpoint is not that of the model to evaluate: {mismatch}. Change "
+                "MODEL.WEIGHTS or the config"
+            )
+        if unexpected:
+            logger.warning(f"Of the checkpoint's tensors {mismatch}")
         results = Trainer.test(cfg, model)
-        _write_results(cfg, model, results)
+        _write_results(cfg, "evaluation.json", model, results)
         return results
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     trainer.train()
     results = trainer._last_eval_results
-    _write_results(cfg, trainer.model, results, train_seconds=trainer.stopwatch.seconds)
+    seconds = trainer.stopwatch.seconds
+    _write_results(cfg, "results.json", trainer.model, results, train_seconds=seconds)
     return results
 
 

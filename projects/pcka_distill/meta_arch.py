@@ -24,7 +24,8 @@ from pcka_distill.teacher import FrozenTeacher
 
 __all__ = ["DistillationModel"]
 
-logger = logging.getLogger(__name__)
+# A child of Detectron2's logger, so that it is seen wherever that one is.
+logger = logging.getLogger(f"detectron2.{__name__}")
 
 _STUDENT = "student."
 _DISTILL = "distill."
@@ -58,7 +59,8 @@ class DistillationModel(nn.Module):
     Args:
         student: a detector of a supported family (see :mod:`pcka_distill.adapters`).
         teacher: None is allowed when there are no losses.
-        losses: may be empty; the model then trains as the student alone does, bit for bit.
+        losses: no two of one name. May be empty; the model then trains as the student alone does,
+            bit for bit.
         input_format: channel order of the student's images, "BGR" or "RGB"; None when it is the
             teacher's.
         smallest_batch: (B, height, width) of the smallest padded batch to be expected, in
@@ -81,7 +83,11 @@ class DistillationModel(nn.Module):
     ) -> None:
         super().__init__()
         self.student = student
-        self.distill = nn.ModuleList(losses)
+        self.distill = nn.ModuleDict()
+        for loss in losses:
+            if loss.name in self.distill:
+                raise UserError(f"two distillation losses are called {loss.name!r}")
+            self.distill[loss.name] = loss
         self.teacher = teacher
         self.pairs: dict[str, LevelPair] = {}
         self._register_state_dict_hook(_drop_prefix)
@@ -101,7 +107,7 @@ class DistillationModel(nn.Module):
             self._pair(teacher.model, smallest_batch)
         if "logits" in self._reads:
             self._check_logits(teacher.model)
-        self._recorder = Recorder(self._student_adapter.hook_points(student))
+        self._recorder = Recorder(self._student_adapter.hook_points(student, self._reads))
         self.distill.to(next(student.parameters()).device)
 
     @classmethod
@@ -122,6 +128,7 @@ class DistillationModel(nn.Module):
         """Pair the levels that the losses read and let the losses build on them."""
         mine = self._student_adapter.feature_shapes(self.student)
         theirs = self._teacher_adapter.feature_shapes(teacher)
+        notes: list[str] = []
         for loss in self.losses:
             if "features" not in loss.reads:
                 continue
@@ -133,12 +140,15 @@ class DistillationModel(nn.Module):
                 batch, height, width = smallest_batch
                 for pair in pairs.values():
                     rows, cols = (-(-side // pair.student_stride) for side in (height, width))
-                    loss.check_map(pair, (batch, rows, cols))
-        logger.info(f"Distillation, student <- teacher:\n{describe(self.pairs)}")
+                    note = loss.check_map(pair, (batch, pair.teacher_channels, rows, cols))
+                    if note:
+                        notes.append(f"  {loss.name} on {pair.student}: {note}")
+        logger.info("\n".join(["Distillation, student <- teacher:", describe(self.pairs), *notes]))
 
     def _check_logits(self, teacher: nn.Module) -> None:
         names = [type(x).__name__ for x in (self.student, teacher)]
-        readers = ", ".join(type(x).__name__ for x in self.losses if "logits" in x.reads)
+        losses = [x for x in self.losses if "logits" in x.reads]
+        readers = ", ".join(type(x).__name__ for x in losses)
         if type(self._student_adapter) is not type(self._teacher_adapter):
             raise UserError(
                 f"{readers} compares logits, and those of {names[0]} (student) and {names[1]} "
@@ -156,15 +166,24 @@ class DistillationModel(nn.Module):
                 f"{readers} compares logits row by row, but {differ}; make the two heads equal "
                 "or take it out of MODEL.DISTILL.LOSSES"
             )
+        for loss in losses:
+            loss.check_logits(cast("int", mine["columns"]))
 
     @property
     def losses(self) -> list[DistillLoss]:
         """The distillation losses, in the order in which they are computed."""
-        return cast("list[DistillLoss]", list(self.distill))
+        return cast("list[DistillLoss]", list(self.distill.values()))
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.student.parameters()).device
+    def __getattr__(self, name: str) -> Any:
+        # What is not its own is the student's: Detectron2's checkpointer, hooks and users look
+        # for model.backbone, model.roi_heads, model.device.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            student = self.__dict__.get("_modules", {}).get("student")
+            if student is None:
+                raise
+            return getattr(student, name)
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> DistillationModel:
         # The teacher is no submodule, so that it is in nobody's state_dict; it has to follow the

@@ -9,14 +9,15 @@ import zipfile
 from collections.abc import Callable
 from typing import Any
 
-from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
+from pcka_distill.checkpoint import StrictCheckpointer
 from pcka_distill.errors import UserError, reason
 
 __all__ = ["FrozenTeacher", "load_teacher_weights"]
 
-logger = logging.getLogger(__name__)
+# A child of Detectron2's logger, so that it is seen wherever that one is.
+logger = logging.getLogger(f"detectron2.{__name__}")
 
 
 class FrozenTeacher:
@@ -40,24 +41,6 @@ class FrozenTeacher:
         """Apply a tensor function (``to``, ``cuda``, ``half``) as ``nn.Module`` would."""
         self.model._apply(fn)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
-        # It never changes, so a copy of the model (an EMA, say) can share it.
-        return self
-
-
-class _StrictCheckpointer(DetectionCheckpointer):
-    """Remembers what did not match; the stock one only logs it."""
-
-    incompatible: Any = None
-
-    def _log_incompatible_keys(self, incompatible: Any) -> None:
-        self.incompatible = incompatible
-
-
-def _shorten(keys: list[str], limit: int = 8) -> str:
-    more = f", and {len(keys) - limit} more" if len(keys) > limit else ""
-    return ", ".join(keys[:limit]) + more
-
 
 def load_teacher_weights(model: nn.Module, path: str, *, allow_partial: bool = False) -> int:
     """Load a teacher's checkpoint and refuse anything less than all of it.
@@ -80,7 +63,7 @@ def load_teacher_weights(model: nn.Module, path: str, *, allow_partial: bool = F
         raise UserError(
             "the teacher has no weights; set MODEL.DISTILL.TEACHER.WEIGHTS to its checkpoint"
         )
-    checkpointer = _StrictCheckpointer(model)
+    checkpointer = StrictCheckpointer(model)
     try:
         local = checkpointer.path_manager.get_local_path(path)
         if not os.path.isfile(local):
@@ -99,35 +82,13 @@ def load_teacher_weights(model: nn.Module, path: str, *, allow_partial: bool = F
             "no checkpoint, set MODEL.DISTILL.TEACHER.WEIGHTS to another"
         ) from e
 
-    result = checkpointer.incompatible
-    # BN counters come and go with the kind of BN and are unused in eval mode; the adapters of a
-    # student that was itself distilled are no part of it.
-    counter = "num_batches_tracked"
-    missing = [k for k in result.missing_keys if not k.endswith(counter)]
-    unexpected = [
-        k
-        for k in result.unexpected_keys
-        if not k.endswith(counter) and not k.startswith("distill.")
-    ]
-    problems = []
-    if result.incorrect_shapes:
-        shapes = [f"{k} {tuple(a)} != {tuple(b)}" for k, a, b in result.incorrect_shapes]
-        problems.append(f"{len(shapes)} of another shape than the model's: {_shorten(shapes)}")
-        # A tensor of the wrong shape is not loaded, so it is listed as missing as well.
-        wrong = {k for k, _, _ in result.incorrect_shapes}
-        missing = [k for k in missing if k not in wrong]
-    if missing:
-        problems.append(f"{len(missing)} missing in the file: {_shorten(sorted(missing))}")
-    if unexpected:
-        problems.append(f"{len(unexpected)} unknown to the model: {_shorten(sorted(unexpected))}")
-    total = len(model.state_dict())
-    loaded = total - len(missing) - len(result.incorrect_shapes)
-    if problems:
-        message = f"teacher weights {path} do not fit its config: " + "; ".join(problems)
+    mismatch = checkpointer.mismatch
+    if any(mismatch):
+        message = f"teacher weights {path} do not fit its config: {mismatch}"
         if not allow_partial:
             raise UserError(
                 f"{message}. Check MODEL.DISTILL.TEACHER.CONFIG_FILE and its number of classes, "
                 "or set MODEL.DISTILL.TEACHER.ALLOW_PARTIAL True"
             )
         logger.warning(f"{message}. Going on, as MODEL.DISTILL.TEACHER.ALLOW_PARTIAL is set")
-    return loaded
+    return len(model.state_dict()) - len(mismatch.missing) - len(mismatch.shapes)

@@ -22,37 +22,38 @@ Record = Mapping[str, list[Call]]
 class Adapter:
     """Reads one family of detectors.
 
-    Subclasses name the :attr:`family` and say where its features and logits can be read. One
-    instance serves one model and keeps no tensors.
+    Subclasses name the :attr:`family` and say where its features and logits can be read. An
+    adapter keeps nothing: every method is given the model.
     """
 
     #: the meta-architecture that it reads, with its subclasses
     family: ClassVar[type[nn.Module]]
 
-    def __init__(self, model: nn.Module) -> None:
-        self.check(model)
-
-    def check(self, model: nn.Module) -> None:
-        """Refuse a member of the family that cannot be read.
-
-        Raises:
-            UserError: with what to change.
-        """
-
     def feature_shapes(self, model: Any) -> dict[str, ShapeSpec]:
         """Level -> channels and stride of the feature maps that can be read."""
         return dict(model.backbone.output_shape())
 
-    def num_classes(self, model: Any) -> int:
-        """Foreground classes that the detector predicts."""
+    def num_classes(self, model: Any) -> int | None:
+        """Foreground classes that the detector predicts; None if it does not say."""
         raise NotImplementedError
 
     def logit_signature(self, model: Any) -> dict[str, object]:
-        """What must be equal in two models for their logits to be compared row by row."""
+        """What must be equal in two models for their logits to be compared row by row.
+
+        Returns:
+            property -> value; ``"columns"``, the columns of the logits, is one of them.
+
+        Raises:
+            UserError: this member of the family has no logits that can be read.
+        """
         raise NotImplementedError
 
-    def hook_points(self, model: Any) -> dict[str, nn.Module]:
-        """Name -> submodule whose calls :meth:`collect` wants to see."""
+    def hook_points(self, model: Any, reads: Collection[str]) -> dict[str, nn.Module]:
+        """Name -> submodule whose calls :meth:`collect` wants to see.
+
+        Args:
+            reads: what the losses read, of {"features", "logits"}.
+        """
         return {"backbone": model.backbone}
 
     def collect(self, model: Any, record: Record, reads: Collection[str]) -> Taps:
@@ -61,7 +62,7 @@ class Adapter:
         Args:
             model: the student.
             record: its recorded calls at the hook points.
-            reads: what the losses read, of {"features", "logits"}.
+            reads: see :meth:`hook_points`.
         """
         call = record["backbone"][-1]
         images = call.args[0]
@@ -80,7 +81,7 @@ class Adapter:
             model: the teacher, in eval mode.
             batched_inputs: raw inputs; the teacher normalises and pads them in its own way.
             student: the student's taps of the same inputs.
-            reads: see :meth:`collect`.
+            reads: see :meth:`hook_points`.
         """
         raise NotImplementedError
 
@@ -118,11 +119,11 @@ def find_adapter(model: nn.Module) -> Adapter:
     """The adapter of a model's family.
 
     Raises:
-        UserError: the family is unknown, or this member of it cannot be read.
+        UserError: the family is unknown.
     """
     for adapter in _ADAPTERS:
         if isinstance(model, adapter.family):
-            return adapter(model)
+            return adapter()
     known = ", ".join(sorted(adapter.family.__name__ for adapter in _ADAPTERS))
     raise UserError(
         f"no adapter for {type(model).__name__}: supported are {known}; for your own detector "

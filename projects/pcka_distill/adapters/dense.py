@@ -28,13 +28,14 @@ class RetinaNetAdapter(Adapter):
     def logit_signature(self, model: Any) -> dict[str, object]:
         shapes = model.backbone.output_shape()
         return {
-            "classes": model.num_classes,
+            "columns": model.num_classes,
             "anchors a cell": list(model.anchor_generator.num_cell_anchors),
             "strides": [shapes[f].stride for f in model.head_in_features],
         }
 
-    def hook_points(self, model: Any) -> dict[str, nn.Module]:
-        return {**super().hook_points(model), "head": model.head}
+    def hook_points(self, model: Any, reads: Collection[str]) -> dict[str, nn.Module]:
+        points = super().hook_points(model, reads)
+        return {**points, "head": model.head} if "logits" in reads else points
 
     def collect(self, model: Any, record: Record, reads: Collection[str]) -> Taps:
         taps = super().collect(model, record, reads)

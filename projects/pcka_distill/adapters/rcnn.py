@@ -17,7 +17,7 @@ __all__ = ["RCNNAdapter"]
 
 @register_adapter
 class RCNNAdapter(Adapter):
-    """Faster and Mask R-CNN with StandardROIHeads.
+    """The R-CNN family; logits of Faster and Mask R-CNN with StandardROIHeads.
 
     The teacher scores the very boxes that the student's sampler drew: its pooler, box head and
     predictor are run on its own features. Its proposals, masks and NMS are never computed.
@@ -25,25 +25,23 @@ class RCNNAdapter(Adapter):
 
     family = GeneralizedRCNN
 
-    def check(self, model: Any) -> None:
-        if type(model.roi_heads) is not StandardROIHeads:
-            raise UserError(
-                f"no adapter for {type(model.roi_heads).__name__}: of the R-CNN family, models "
-                "with StandardROIHeads are supported"
-            )
-
-    def num_classes(self, model: Any) -> int:
-        return int(model.roi_heads.num_classes)
+    def num_classes(self, model: Any) -> int | None:
+        return getattr(model.roi_heads, "num_classes", None)
 
     def logit_signature(self, model: Any) -> dict[str, object]:
-        return {"head": "regions", "classes": model.roi_heads.num_classes}
+        if type(model.roi_heads) is not StandardROIHeads:
+            raise UserError(
+                f"the logits of {type(model.roi_heads).__name__} cannot be read: of the R-CNN "
+                "family those of StandardROIHeads can; take RCKALoss out of MODEL.DISTILL.LOSSES"
+            )
+        return {"columns": model.roi_heads.num_classes + 1}
 
-    def hook_points(self, model: Any) -> dict[str, nn.Module]:
-        return {
-            **super().hook_points(model),
-            "box_pooler": model.roi_heads.box_pooler,
-            "box_predictor": model.roi_heads.box_predictor,
-        }
+    def hook_points(self, model: Any, reads: Collection[str]) -> dict[str, nn.Module]:
+        points = super().hook_points(model, reads)
+        if "logits" not in reads:
+            return points
+        heads = model.roi_heads
+        return {**points, "box_pooler": heads.box_pooler, "box_predictor": heads.box_predictor}
 
     def collect(self, model: Any, record: Record, reads: Collection[str]) -> Taps:
         taps = super().collect(model, record, reads)

@@ -7,7 +7,8 @@ small detector learns in minutes on a laptop's CPU.
 
 ``digits_train`` (1500 images), ``digits_val`` (300) and ``digits_test`` (300) are Detectron2
 datasets in COCO format with boxes and masks. A digit appears in one split only. They are rendered
-when they are first read, into ``$DETECTRON2_DATASETS/digits`` (default ``./datasets/digits``).
+when they are first read, into ``$DETECTRON2_DATASETS/pcka_digits`` (default
+``./datasets/pcka_digits``).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from detectron2.data.datasets import load_coco_json
 
 from pcka_distill.errors import UserError
 
-logger = logging.getLogger(__name__)
+# A child of Detectron2's logger, so that it is seen wherever that one is.
+logger = logging.getLogger(f"detectron2.{__name__}")
 
 # split -> (images, seed of the rendering, share of the scanned digits)
 SPLITS = {
@@ -33,43 +35,60 @@ SPLITS = {
     "val": (300, 2, (0.7, 0.85)),
     "test": (300, 3, (0.85, 1.0)),
 }
+FOLDER = "pcka_digits"
 CLASSES = [str(i) for i in range(10)]
 # Raise it when the rendering changes: a cached set of another version is rendered again.
 VERSION = 1
+_STAMP = "pcka_distill digits, version "
 
 
 def ensure_digits(root: str | os.PathLike[str]) -> Path:
-    """Render the digits set into ``root/digits`` unless it is there; return that folder.
+    """Render the digits set into ``root/pcka_digits`` unless it is there; return that folder.
 
     The folder appears in one rename when it is complete, so an interrupted or a concurrent run
     never leaves half a set behind.
 
     Raises:
-        UserError: a package that only the rendering needs is not installed.
+        UserError: something else is in that folder, it cannot be written, or a package that only
+            the rendering needs is not installed.
     """
-    folder = Path(root) / "digits"
-    stamp = folder / "version"
-    if stamp.is_file() and stamp.read_text() == str(VERSION):
+    folder = Path(root) / FOLDER
+    stamp, wanted = folder / "version", f"{_STAMP}{VERSION}"
+
+    def found() -> str:
+        return stamp.read_text() if stamp.is_file() else ""
+
+    if found() == wanted:
         return folder
+    if folder.exists() and not found().startswith(_STAMP):
+        raise UserError(
+            f"{folder} is in the way of the digits set and was not made here; move it, or set "
+            "DETECTRON2_DATASETS to another folder"
+        )
     try:
         from pcka_distill.data.rendering import render_split
     except ImportError as e:
         raise UserError(f"rendering the digits set needs {e.name}: pip install -e '.[demo]'") from e
-    folder.parent.mkdir(parents=True, exist_ok=True)
     logger.info(f"Rendering the digits set into {folder} (once, some seconds)")
-    partial = Path(tempfile.mkdtemp(prefix=".digits-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=folder.parent))
+    except OSError as e:
+        raise UserError(
+            f"the digits set cannot be written: {e}; set DETECTRON2_DATASETS to another folder"
+        ) from e
     try:
         for split, (count, seed, share) in SPLITS.items():
             render_split(partial, split, count, seed, share, CLASSES)
-        (partial / "version").write_text(str(VERSION))
+        (partial / "version").write_text(wanted)
         partial.chmod(0o755)
-        if folder.exists() and not (stamp.is_file() and stamp.read_text() == str(VERSION)):
+        if found() not in ("", wanted):
             shutil.rmtree(folder)
         try:
             partial.rename(folder)
         except OSError:
             # Another process finished first; its set is the same, bit for bit.
-            if not stamp.is_file():
+            if found() != wanted:
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -87,19 +106,22 @@ def _load(split: str, name: str, root: str) -> list[dict[str, Any]]:
 def register_digits(root: str = "") -> None:
     """Register ``digits_{train,val,test}``; nothing is rendered until one is read.
 
+    Importing the package has done it with the default; another root replaces that.
+
     Args:
-        root: the folder that holds ``digits/``; by default ``$DETECTRON2_DATASETS``, or
+        root: the folder that holds ``pcka_digits/``; by default ``$DETECTRON2_DATASETS``, or
             ``datasets`` as everywhere in Detectron2.
     """
     root = os.path.expanduser(root or os.environ.get("DETECTRON2_DATASETS", "datasets"))
     for split in SPLITS:
         name = f"digits_{split}"
         if name in DatasetCatalog:
-            continue
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
         DatasetCatalog.register(name, lambda s=split, n=name: _load(s, n, root))
         MetadataCatalog.get(name).set(
-            json_file=os.path.join(root, "digits", f"{split}.json"),
-            image_root=os.path.join(root, "digits", split),
+            json_file=os.path.join(root, FOLDER, f"{split}.json"),
+            image_root=os.path.join(root, FOLDER, split),
             evaluator_type="coco",
             prepare=functools.partial(ensure_digits, root),
             thing_classes=CLASSES,

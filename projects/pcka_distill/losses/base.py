@@ -13,7 +13,7 @@ from pcka_distill.errors import UserError
 from pcka_distill.pairing import LevelPair
 from pcka_distill.structures import Taps
 
-__all__ = ["DISTILL_LOSS_REGISTRY", "DistillLoss", "FeatureLoss"]
+__all__ = ["DISTILL_LOSS_REGISTRY", "DistillLoss", "FeatureLoss", "check_relation_weights"]
 
 DISTILL_LOSS_REGISTRY = Registry("DISTILL_LOSS")
 DISTILL_LOSS_REGISTRY.__doc__ = """
@@ -51,6 +51,11 @@ class DistillLoss(nn.Module):
         self.weight = float(weight)
         self.warmup_iters = int(warmup_iters)
 
+    @property
+    def name(self) -> str:
+        """What its terms are called in the log, and its parameters in a checkpoint."""
+        return type(self).__name__.removesuffix("Loss").lower()
+
     def schedule(self, iteration: int) -> float:
         """The factor of the weight at an iteration, in (0, 1]."""
         return min(1.0, (iteration + 1) / self.warmup_iters) if self.warmup_iters else 1.0
@@ -62,12 +67,26 @@ class DistillLoss(nn.Module):
             pairs: student level -> pair, of the levels that this loss reads.
         """
 
-    def check_map(self, pair: LevelPair, shape: tuple[int, int, int]) -> None:
+    def check_map(self, pair: LevelPair, shape: tuple[int, int, int, int]) -> str:
         """Refuse settings that leave nothing to compare on a level.
 
         Args:
             pair: one of the attached pairs.
-            shape: (B, H, W), the smallest map that training will see there.
+            shape: (B, C, H, W), the smallest map that training will see there.
+
+        Returns:
+            what is worth knowing about the level, for the log; may be empty.
+
+        Raises:
+            UserError: with what to change.
+        """
+        return ""
+
+    def check_logits(self, columns: int) -> None:
+        """Refuse settings that leave nothing to compare in a head.
+
+        Args:
+            columns: of the logits, K or K + 1 for K classes.
 
         Raises:
             UserError: with what to change.
@@ -128,11 +147,6 @@ class FeatureLoss(DistillLoss):
         """The loss of one level: two (B, C, H, W) maps of one shape -> scalar, unweighted."""
         raise NotImplementedError
 
-    @property
-    def name(self) -> str:
-        """What the terms are called in the log."""
-        return type(self).__name__.removesuffix("Loss").lower()
-
     def forward(self, student: Taps, teacher: Taps) -> dict[str, Tensor]:
         losses = {}
         for level in self.levels or student.features:
@@ -141,3 +155,12 @@ class FeatureLoss(DistillLoss):
                 x = self.projections[level](x)
             losses[f"loss_{self.name}_{level}"] = self.weight * self.compare(level, x, y)
         return losses
+
+
+def check_relation_weights(loss: DistillLoss, intra: float, inter: float) -> None:
+    """Refuse weights of the two relations that leave no loss, or a negative one."""
+    if min(intra, inter) < 0 or max(intra, inter) == 0:
+        raise UserError(
+            f"{type(loss).__name__}: one of INTRA_WEIGHT and INTER_WEIGHT must be positive, and "
+            f"none negative; got {intra} and {inter}"
+        )

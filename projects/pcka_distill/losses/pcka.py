@@ -9,8 +9,8 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
 from pcka_distill.errors import UserError
-from pcka_distill.functional import LAYOUTS, pcka_loss
-from pcka_distill.losses.base import DISTILL_LOSS_REGISTRY, FeatureLoss
+from pcka_distill.functional import LAYOUTS, patch_counts, pcka_loss
+from pcka_distill.losses.base import DISTILL_LOSS_REGISTRY, FeatureLoss, check_relation_weights
 from pcka_distill.pairing import LevelPair
 
 __all__ = ["PCKALoss"]
@@ -46,8 +46,10 @@ class PCKALoss(FeatureLoss):
     ) -> None:
         super().__init__(levels=levels, weight=weight, warmup_iters=warmup_iters)
         sizes = (patch_size,) if isinstance(patch_size, int) else tuple(patch_size)
-        if not sizes or min(sizes) < 1:
-            raise UserError(f"PCKALoss: patch sizes must be at least 1, got {list(sizes)}")
+        if not sizes or not all(isinstance(p, int) and p > 0 for p in sizes):
+            raise UserError(
+                f"PCKALoss: patch sizes must be whole numbers of at least 1, got {list(sizes)}"
+            )
         if len(sizes) > 1 and len(sizes) != len(self.levels):
             raise UserError(
                 f"PCKALoss: {len(sizes)} patch sizes for {len(self.levels)} levels "
@@ -55,8 +57,7 @@ class PCKALoss(FeatureLoss):
             )
         if layout not in LAYOUTS:
             raise UserError(f"PCKALoss: unknown layout {layout!r}, expected {', '.join(LAYOUTS)}")
-        if intra_weight <= 0 and inter_weight <= 0:
-            raise UserError("PCKALoss: INTRA_WEIGHT or INTER_WEIGHT must be positive")
+        check_relation_weights(self, intra_weight, inter_weight)
         self._patch_sizes = sizes
         self.options: dict[str, Any] = {
             "layout": layout,
@@ -87,8 +88,8 @@ class PCKALoss(FeatureLoss):
             return self._patch_sizes[0]
         return self._patch_sizes[self.levels.index(level)]
 
-    def check_map(self, pair: LevelPair, shape: tuple[int, int, int]) -> None:
-        batch, height, width = shape
+    def check_map(self, pair: LevelPair, shape: tuple[int, int, int, int]) -> str:
+        height, width = shape[-2:]
         p = self.patch_size(pair.student)
         where = f"level {pair.student!r} ({height} x {width} cells at the smallest training size)"
         if p > min(height, width):
@@ -97,15 +98,19 @@ class PCKALoss(FeatureLoss):
                 f"lower MODEL.DISTILL.PCKA.PATCH_SIZE to at most {min(height, width)} there, "
                 "or take the level out of LEVELS"
             )
-        n = -(-height // p) * -(-width // p)
-        if self.options["layout"] == "sample":
-            n *= batch
-        least = 4 if self.options["debiased"] else 3
-        if self.options["center"] and n < least:
-            raise UserError(
-                f"PCKALoss: patches of {p} leave {n} samples on {where}, and a centred CKA of "
-                f"fewer than {least} is constant; lower MODEL.DISTILL.PCKA.PATCH_SIZE there"
-            )
+        _, patches, values = patch_counts(shape, p, self.options["layout"])
+        debiased = self.options["debiased"]
+        least = 4 if debiased else 3 if self.options["center"] else 2
+        for part, samples in (("intra", patches), ("inter", values)):
+            if self.options[f"{part}_weight"] and samples < least:
+                raise UserError(
+                    f"PCKALoss: patches of {p} leave {samples} samples for the {part} relation on "
+                    f"{where}, and the CKA of fewer than {least} is constant; change "
+                    f"MODEL.DISTILL.PCKA.PATCH_SIZE there, or set {part.upper()}_WEIGHT 0"
+                )
+        # The expectation for Gaussian noise. Near 1 the loss has little left to say.
+        noise = 0.0 if debiased else values / (values + patches)
+        return f"{patches} patches of {values} values; unrelated maps have a CKA of {noise:.2f}"
 
     def compare(self, level: str, student: Tensor, teacher: Tensor) -> Tensor:
         return pcka_loss(student, teacher, patch_size=self.patch_size(level), **self.options)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pcka_distill.errors import UserError
 from pcka_distill.functional import rcka_loss
-from pcka_distill.losses.base import DISTILL_LOSS_REGISTRY, DistillLoss
+from pcka_distill.losses.base import DISTILL_LOSS_REGISTRY, DistillLoss, check_relation_weights
 from pcka_distill.structures import Taps
 
 __all__ = ["RCKALoss"]
@@ -77,8 +77,7 @@ class RCKALoss(DistillLoss):
         warmup_iters: int = 0,
     ) -> None:
         super().__init__(weight=weight, warmup_iters=warmup_iters)
-        if intra_weight <= 0 and inter_weight <= 0:
-            raise UserError("RCKALoss: INTRA_WEIGHT or INTER_WEIGHT must be positive")
+        check_relation_weights(self, intra_weight, inter_weight)
         if topk_per_image < 0 or (temperature or 0) < 0:
             raise UserError("RCKALoss: TOPK_PER_IMAGE and TEMPERATURE must not be negative")
         self.topk_per_image = topk_per_image
@@ -98,6 +97,14 @@ class RCKALoss(DistillLoss):
             "weight": node.WEIGHT,
             "warmup_iters": node.WARMUP_ITERS,
         }
+
+    def check_logits(self, columns: int) -> None:
+        least = 3 if self.center else 2
+        if self.part_weights["inter"] and columns < least:
+            raise UserError(
+                f"RCKALoss: the CKA between fewer than {least} classes is constant, and the heads "
+                f"have {columns}; set MODEL.DISTILL.RCKA.INTER_WEIGHT 0"
+            )
 
     def forward(self, student: Taps, teacher: Taps) -> dict[str, Tensor]:
         x, y = _select(student, teacher, self.topk_per_image)
