@@ -136,3 +136,25 @@ def test_coco_pairs_train_and_evaluate(pair, coco, tmp_path):
     assert all(f"loss_pcka_{level}: " in log for level in levels)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert "AP" in results["results"]["coco_2017_val"]["bbox"]
+
+    # Stock Detectron2, in a process that has never heard of this package.
+    check = """
+import sys
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+
+class Spy(DetectionCheckpointer):
+    def _log_incompatible_keys(self, found):
+        assert not found.missing_keys and not found.incorrect_shapes, found
+        print("compared")
+
+cfg = get_cfg()
+cfg.merge_from_file("out/student_config.yaml")
+Spy(build_model(cfg)).load("out/model_final.pth")
+assert not any(name.startswith("pcka") for name in sys.modules)
+"""
+    stock = subprocess.run(
+        [sys.executable, "-c", check], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert stock.returncode == 0, stock.stderr[-3000:]

@@ -2,7 +2,9 @@
 
 import ast
 import itertools
+import json
 import re
+import statistics
 
 import pytest
 import yaml
@@ -79,5 +81,21 @@ def test_numbers_are_those_of_the_benchmark():
     page = (REPO / "benchmarks" / "digits.md").read_text()
     numbers = re.findall(r"\d+\.\d ± \d+\.\d", README)
     assert len(numbers) == 4
-    for number in numbers:
-        assert f"| {number} |" in page
+    teachers = re.findall(r"(\d+\.\d) \((\d+\.\d\d M)\)", README)
+    assert len(teachers) == 2
+    for cell in (*numbers, *(f"teacher ({size}), seed 0 | {ap}" for ap, size in teachers)):
+        assert f"| {cell} |" in page
+
+
+def test_the_benchmarks_page_is_that_of_its_raw_figures():
+    page = (REPO / "benchmarks" / "digits.md").read_text()
+    rows = {}
+    for line in (REPO / "benchmarks" / "digits.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        ap = row["results"]["digits_test"]["bbox"]["AP"]
+        rows.setdefault((row["family"], row["method"]), []).append(ap)
+    assert len(rows) == 8
+    for (_, method), values in rows.items():
+        if method != "teacher":
+            assert len(values) == 3
+            assert f"| {statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} |" in page
