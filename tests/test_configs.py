@@ -14,7 +14,7 @@ from detectron2.modeling import build_model
 from helpers import REPO
 from PIL import Image
 
-from pcka_distill import DistillationModel, get_distill_cfg, student_config
+from pcka_distill import DistillationModel, UserError, get_distill_cfg, student_config
 from pcka_distill.build import merge_config
 
 CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
@@ -29,6 +29,64 @@ def load(path, *opts):
 
 def name(path):
     return str(path.relative_to(REPO / "configs"))
+
+
+def test_values_as_people_write_them(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "MODEL:\n  DISTILL:\n    LOSSES: PCKALoss\n    PCKA:\n      WEIGHT: 5\n"
+        "      PATCH_SIZE: 4\n      LEVELS: [p3]\n"
+    )
+    node = load(path).MODEL.DISTILL
+    assert (tuple(node.LOSSES), node.PCKA.WEIGHT) == (("PCKALoss",), 5.0)
+    assert tuple(node.PCKA.PATCH_SIZE) == (4,)
+    opts = {
+        "MODEL.DISTILL.PCKA.WEIGHT": "0", "MODEL.DISTILL.LOSSES": "[PCKALoss, RCKALoss]",
+        "MODEL.DISTILL.PCKA.LEVELS": "['p4','p5']", "SOLVER.STEPS": "(3, 4)",
+        "MODEL.DISTILL.PCKA.PATCH_SIZE": "8", "SOLVER.BASE_LR": "1e-3", "DATASETS.TEST": "()",
+    }  # fmt: skip
+    cfg = load(path, *(x for pair in opts.items() for x in pair))
+    assert cfg.MODEL.DISTILL.PCKA.WEIGHT == 0.0
+    assert tuple(cfg.MODEL.DISTILL.LOSSES) == ("PCKALoss", "RCKALoss")
+    assert tuple(cfg.MODEL.DISTILL.PCKA.LEVELS) == ("p4", "p5")
+    assert tuple(cfg.MODEL.DISTILL.PCKA.PATCH_SIZE) == (8,)
+    assert tuple(cfg.SOLVER.STEPS) == (3, 4)
+    assert cfg.SOLVER.BASE_LR == 1e-3
+    assert tuple(cfg.DATASETS.TEST) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("MODEL:\n  DISTILL:\n    PKCA:\n      WEIGHT: 1.0\n", "did you mean MODEL.DISTILL.PCKA?"),
+        ("MODEL:\n  MASK_ON: [1\n", "line 3, column 1"),
+        ("MODEL:\n  MASK_ON: 3.5\n", "Type mismatch"),
+        ("", "cannot be used"),
+    ],
+)
+def test_yamls_that_cannot_be_used(text, message, tmp_path):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as e:
+        load(tmp_path / "x.yaml")
+    assert "\n" not in str(e.value)
+
+
+def test_configs_are_merged_as_detectron2_merges_them():
+    """What is more forgiving is not different."""
+    for path in CONFIGS:
+        ours, theirs = load(path), get_distill_cfg()
+        theirs.merge_from_file(str(path))
+        theirs.MODEL.DEVICE = "cpu"
+        assert ours.dump() == theirs.dump()
+
+
+def test_a_teachers_config_beside_the_yaml(tmp_path):
+    (tmp_path / "teacher.yaml").write_text("VERSION: 2\n")
+    path = tmp_path / "x.yaml"
+    path.write_text("MODEL:\n  DISTILL:\n    TEACHER:\n      CONFIG_FILE: teacher.yaml\n")
+    assert str(tmp_path / "teacher.yaml") == load(path).MODEL.DISTILL.TEACHER.CONFIG_FILE
+    opts = ["MODEL.DISTILL.TEACHER.CONFIG_FILE", "elsewhere.yaml"]
+    assert load(path, *opts).MODEL.DISTILL.TEACHER.CONFIG_FILE == "elsewhere.yaml"
 
 
 @pytest.fixture

@@ -189,7 +189,11 @@ def test_adamw_and_sgd_by_key(tmp_path):
 # ---- bad input: one line, before anything is trained -----------------------------------------
 
 BAD = {
-    "config key": (["MODEL.DISTILL.PCKA.WIEGHT", 1], "override of the config file cannot be used"),
+    "config key": (
+        ["MODEL.DISTILL.PCKA.WIEGHT", 1],
+        "override of the config file cannot be used: .*, did you mean MODEL.DISTILL.PCKA.WEIGHT?",
+    ),
+    "half an override": (["SOLVER.MAX_ITER"], "override of the config file cannot be used"),
     "level": (["MODEL.DISTILL.PCKA.LEVELS", "['p9']"], "unknown level 'p9': student has p3"),
     "loss": (["MODEL.DISTILL.LOSSES", "['PKCALoss']"], "unknown loss 'PKCALoss'"),
     "teacher weights": (["MODEL.DISTILL.TEACHER.WEIGHTS", "no.pth"], "teacher weights not found"),
@@ -212,6 +216,7 @@ BAD = {
     "mixed precision": (["SOLVER.AMP.ENABLED", True], "SOLVER.AMP.ENABLED needs a CUDA device"),
     "dataset files": (["DATASETS.TRAIN", "['coco_2017_train']"], "is not there: .*DETECTRON2_DATA"),
     "no dataset": (["DATASETS.TRAIN", "[]"], "DATASETS.TRAIN is empty"),
+    "iterations": (["SOLVER.MAX_ITER", 0], "SOLVER.MAX_ITER is 0; it must be positive"),
     "batch size": (["SOLVER.IMS_PER_BATCH", 0], "SOLVER.IMS_PER_BATCH is 0"),
     "optimizer": (["SOLVER.OPTIMIZER", "Adam"], "unknown SOLVER.OPTIMIZER 'Adam'"),
     "student weights": (["MODEL.WEIGHTS", "no.pth"], "checkpoint not found: no.pth"),
@@ -306,6 +311,23 @@ def test_damaged_annotations(split, content, my_dataset, tmp_path):
         main(args)
 
 
+def test_images_to_evaluate_on_that_are_missing(my_dataset, tmp_path):
+    image = {"id": 1, "file_name": "gone.png", "height": 9, "width": 9}
+    my_dataset(json.dumps({**json.loads(EMPTY), "images": [image]}))
+    args = arguments("retinanet_student", tmp_path, "DATASETS.TEST", "('my_set',)")
+    with pytest.raises(UserError, match=r"my_set cannot be used: image .*gone.png does not exist"):
+        main(args)
+
+
+def test_an_earlier_run_in_the_folder_is_told(tmp_path, caplog):
+    logging.getLogger("detectron2").propagate = True
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    setup(arguments("retinanet_student", tmp_path, flags=["--resume"]))
+    assert "holds an earlier run" not in caplog.text
+    setup(arguments("retinanet_student", tmp_path))
+    assert "holds an earlier run" in caplog.text
+
+
 def test_no_evaluator(my_dataset, tmp_path):
     my_dataset(EMPTY)
     MetadataCatalog.get("my_set").__dict__["evaluator_type"] = "mine"
@@ -325,8 +347,8 @@ def test_losses_without_the_model_that_computes_them(teacher_files, tmp_path, ca
     assert "META_ARCHITECTURE is RetinaNet: nothing is distilled" in caplog.text
 
 
-def test_an_output_folder_that_cannot_be_made():
-    with pytest.raises(UserError, match=r"OUTPUT_DIR cannot be made: .*/dev/null"):
+def test_an_output_folder_that_cannot_be_written():
+    with pytest.raises(UserError, match=r"OUTPUT_DIR cannot be written: .*/dev/null"):
         main(arguments("retinanet_student", "/dev/null/x"))
 
 

@@ -1,3 +1,4 @@
+import logging
 import re
 
 import pytest
@@ -118,29 +119,51 @@ def test_settings_that_cannot_work(build, message):
 @pytest.mark.parametrize(
     ("kwargs", "shape", "message"),
     [
-        ({"patch_size": 4}, (8, 5, 3, 9), "a patch of 4 is larger than level 'p3'"),
-        ({"patch_size": 4}, (8, 5, 4, 8), "leave 2 samples for the intra"),
-        ({"patch_size": 4, "center": False}, (8, 5, 4, 4), "leave 1 samples .* fewer than 2"),
+        ({"patch_size": 4}, (8, 5, 3, 9), r"a patch of 4 is larger than .*PATCH_SIZE \[2\]$"),
+        ({"patch_size": 4}, (8, 5, 4, 8), r"intra relation has 2 samples.* on level 'p3' \(4 x 8"),
+        ({"patch_size": 4, "center": False}, (8, 5, 4, 4), "has 1 samples, .* fewer than 2"),
+        ({"patch_size": 64}, (8, 5, 40, 40), r"PATCH_SIZE \[32\]$"),
+        ({"patch_size": 1}, (8, 5, 1, 1), "no size fits: change the relations or the levels"),
         ({"patch_size": 2, "debiased": True}, (8, 5, 2, 6), "fewer than 4"),
         ({"patch_size": 2, "debiased": True, "center": False}, (8, 5, 2, 6), "fewer than 4"),
-        ({"patch_size": 3, "layout": "sample"}, (2, 5, 3, 3), "leave 2 samples"),
+        ({"patch_size": 3, "layout": "sample"}, (2, 5, 3, 3), "has 2 samples"),
         (
             {"patch_size": 1, "layout": "sample", "inter_weight": 1.0, "intra_weight": 0.0},
             (8, 5, 9, 9),
-            "leave 1 samples for the inter relation",
+            "the inter relation has 1 samples",
         ),
     ],
 )
 def test_patches_that_leave_nothing_to_compare(kwargs, shape, message):
     loss = PCKALoss(levels=("p3",), **kwargs)
     with pytest.raises(UserError, match=message):
-        loss.check_map(pair("p3"), shape)
+        loss.check_maps({"p3": shape})
 
 
 def test_patches_that_fit():
-    PCKALoss(patch_size=4).check_map(pair("p3"), (1, 5, 8, 8))
-    PCKALoss(patch_size=3, layout="sample").check_map(pair("p3"), (8, 5, 3, 3))
-    PCKALoss(patch_size=4, center=False).check_map(pair("p3"), (1, 5, 4, 8))
+    PCKALoss(patch_size=4).check_maps({"p3": (1, 5, 8, 8)})
+    PCKALoss(patch_size=3, layout="sample").check_maps({"p3": (8, 5, 3, 3)})
+    PCKALoss(patch_size=4, center=False).check_maps({"p3": (1, 5, 4, 8)})
+
+
+def test_the_advice_for_several_levels_fits():
+    shapes = {"p3": (2, 5, 16, 16), "p4": (2, 5, 8, 8), "p5": (2, 5, 4, 4), "p6": (2, 5, 1, 1)}
+    with pytest.raises(UserError) as e:
+        PCKALoss(patch_size=8).check_maps(shapes)
+    sizes, levels = re.search(r"PATCH_SIZE (\[.*?\]), LEVELS (\[.*?\])$", str(e.value)).groups()
+    assert (sizes, levels) == ("[8, 4, 2]", "['p3', 'p4', 'p5']")
+    del shapes["p6"]
+    PCKALoss(patch_size=(8, 4, 2), levels=tuple(shapes)).check_maps(shapes)
+
+
+def test_maps_too_small_while_training_are_told_once(caplog):
+    """Nobody said how small they would be: no config, or images of extreme shapes."""
+    logging.getLogger("detectron2").propagate = True
+    loss = PCKALoss(patch_size=4)
+    for _ in range(3):
+        loss(feature_taps(0), feature_taps(1))
+    assert caplog.text.count("it teaches nothing there") == 1
+    assert "level 'p4' (4 x 4 cells)" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -148,7 +171,7 @@ def test_patches_that_fit():
 )
 def test_the_cka_of_unrelated_maps_is_told(layout, debiased):
     loss = PCKALoss(patch_size=2, layout=layout, debiased=debiased)
-    note = loss.check_map(pair("p3"), (2, 200, 16, 12))
+    note = loss.check_maps({"p3": (2, 200, 16, 12)})["p3"]
     patches, values, noise = re.fullmatch(
         r"(\d+) patches of (\d+) values; unrelated maps have a CKA of (\S+)", note
     ).groups()

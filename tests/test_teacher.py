@@ -2,6 +2,7 @@ import functools
 import logging
 import pickle
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -125,6 +126,15 @@ def test_more_than_tensors_in_the_file(model, state, tmp_path, monkeypatch):
     torch.save({"model": state, "author": Author()}, path)
     with pytest.raises(UserError, match=r"more than tensors.*weights_only=False.*NEW\.pth"):
         load_teacher_weights(model, str(path))
+
+
+def test_no_network(model, monkeypatch):
+    def fail(*_, **__):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr("iopath.common.download.request.urlopen", fail)
+    with pytest.raises(UserError, match=r"could not be downloaded: .*; fetch it by hand"):
+        load_teacher_weights(model, "https://no.such.host/model_final.pkl")
 
 
 def test_batch_norm_counters_do_not_matter(model, state, tmp_path):

@@ -3,6 +3,7 @@
 Imported before Detectron2, which raises some of them while it is imported.
 """
 
+import logging
 import warnings
 
 __all__ = ["THIRD_PARTY_WARNINGS"]
@@ -16,5 +17,9 @@ THIRD_PARTY_WARNINGS = (
     "`torch.cuda.amp.",
 )
 
+# On a machine with CUDA's tools and no device. Whether there is one is told by the engine.
+logging.getLogger("torch.utils.cpp_extension").addFilter(
+    lambda record: "No CUDA runtime is found" not in record.getMessage()
+)
 for _text in THIRD_PARTY_WARNINGS:
     warnings.filterwarnings("ignore", message=_text)

@@ -5,12 +5,14 @@ What the demo and benchmarks/ have in common.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,43 +27,51 @@ REPOSITORY = Path(__file__).parents[2]
 _REPORT_SECONDS = 15.0
 
 
-def _iteration(folder: Path) -> int:
-    """Iterations finished so far, from the last whole line of metrics.json."""
+def _iterations(folder: Path, start: int) -> Iterator[int]:
+    """The iterations that metrics.json lists as finished, from an offset in bytes on."""
     try:
-        lines = (folder / "metrics.json").read_text().splitlines()
+        with open(folder / "metrics.json", "rb") as f:
+            f.seek(start)
+            lines = f.read().splitlines()
     except FileNotFoundError:
-        return 0
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["iteration"]) + 1
-        except (ValueError, KeyError):
-            # A line that is being written.
-            continue
-    return 0
+        return
+    for line in lines:
+        # The last line may be half written.
+        with contextlib.suppress(ValueError, KeyError):
+            yield int(json.loads(line)["iteration"]) + 1
 
 
-def _follow(process: subprocess.Popen[bytes], folder: Path, total: int, label: str) -> None:
-    """Show progress and ETA until the process ends: a bar on a terminal, else a line at times."""
+def _follow(
+    process: subprocess.Popen[bytes], folder: Path, start: int, total: int, label: str
+) -> None:
+    """Show progress and ETA until the process ends: a bar on a terminal, else a line at times.
+
+    Args:
+        start: size of metrics.json before the process began.
+    """
     terminal = sys.stderr.isatty()
-    start, said = time.monotonic(), time.monotonic()
-    first: int | None = None
+    said = time.monotonic()
+    # When which iteration was seen: the speed is that of the last minute or so.
+    seen: deque[tuple[float, int]] = deque(maxlen=8)
     with tqdm(total=total, desc=label, unit="it", disable=not terminal, dynamic_ncols=True) as bar:
         while process.poll() is None:
             time.sleep(0.5)
-            done = min(_iteration(folder), total)
-            bar.update(done - bar.n)
-            if first is None and done:
-                first, start = done, time.monotonic()
-            if not terminal and time.monotonic() - said > _REPORT_SECONDS:
+            done = min(max(_iterations(folder, start), default=0), total)
+            if done and (not seen or done > seen[-1][1]):
+                if not seen:
+                    # Of a run that goes on: it did not do these now.
+                    bar.initial = bar.n = bar.last_print_n = done
+                seen.append((time.monotonic(), done))
+                bar.update(done - bar.n)
+            if not terminal and seen and time.monotonic() - said > _REPORT_SECONDS:
                 said = time.monotonic()
                 left = ""
                 if done == total:
                     left = ", evaluating"
-                elif first is not None and done > first:
-                    seconds = (total - done) * (said - start) / (done - first)
-                    left = f", about {seconds:.0f} s left"
+                elif len(seen) > 1:
+                    pace = (seen[-1][0] - seen[0][0]) / (seen[-1][1] - seen[0][1])
+                    left = f", about {(total - done) * pace:.0f} s left"
                 print(f"  {label}: iteration {done} of {total}{left}", flush=True)
-        bar.update(min(_iteration(folder), total) - bar.n)
 
 
 def run(
@@ -112,12 +122,14 @@ def run(
             environment["OMP_NUM_THREADS"] = str(threads)
         command = [sys.executable, str(REPOSITORY / "tools" / "train_net.py"), "--resume"]
         command += ["--config-file", str(REPOSITORY / config), *map(str, opts)]
+        metrics = folder / "metrics.json"
+        start = metrics.stat().st_size if metrics.exists() else 0
         with open(folder / "train.log", "ab") as log:
             process = subprocess.Popen(
                 command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
             try:
-                _follow(process, folder, cfg.SOLVER.MAX_ITER, label)
+                _follow(process, folder, start, cfg.SOLVER.MAX_ITER, label)
             finally:
                 # On Ctrl-C the terminal has interrupted the child as well: let it end by itself.
                 try:

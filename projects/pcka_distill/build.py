@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
@@ -70,26 +74,74 @@ def get_distill_cfg() -> CfgNode:
     return cfg
 
 
-def merge_config(cfg: CfgNode, path: str, opts: list[object], what: str) -> None:
+def merge_config(cfg: CfgNode, path: str, opts: list[Any], what: str) -> None:
     """Merge a config file and command-line overrides.
+
+    More forgiving than Detectron2's own: 5 is as good as 5.0, p3 as [p3], and on the command line
+    [p3, p4] as ['p3', 'p4']. A teacher's config that is not found from the current folder is
+    looked for beside the file, as ``_BASE_`` is.
 
     Raises:
         UserError: the file is not there or is no yaml, or a key or a value does not fit.
     """
+    if path and not os.path.isfile(path):
+        raise UserError(f"{what} not found: {path}")
+    if path:
+        with _config_errors(cfg, f"{what} {path} cannot be used"):
+            loaded = cfg.load_yaml_with_base(path, allow_unsafe=True)
+            if loaded.get("VERSION", cfg.VERSION) == cfg.VERSION:
+                cfg.merge_from_other_cfg(CfgNode(_fit(loaded, cfg)))
+            else:
+                # Of another version of Detectron2's keys: it converts them.
+                cfg.merge_from_file(path)
+    with _config_errors(cfg, f"override of the {what} cannot be used"):
+        known = dict(_keys(cfg))
+        values = [_fit(v, known.get(k)) for k, v in zip(opts[::2], opts[1::2])]
+        # Of an odd number the last is a key without a value: let yacs say so.
+        pairs = [x for pair in zip(opts[::2], values) for x in pair]
+        cfg.merge_from_list(pairs + list(opts[len(pairs) :]))
+    teacher = cfg.MODEL.DISTILL.TEACHER
+    beside = Path(path).parent / teacher.CONFIG_FILE
+    if teacher.CONFIG_FILE and not os.path.isfile(teacher.CONFIG_FILE) and beside.is_file():
+        teacher.CONFIG_FILE = str(beside)
+
+
+def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a config, nodes included, with its value."""
+    for key, value in cfg.items():
+        yield prefix + key, value
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _fit(value: Any, default: Any) -> Any:
+    """What was surely meant where a default of this type stands."""
+    if isinstance(value, dict) and isinstance(default, dict):
+        return {k: _fit(v, default.get(k)) for k, v in value.items()}
+    if isinstance(default, float):
+        decoded = CfgNode._decode_cfg_value(value)
+        return float(decoded) if type(decoded) is int else value
+    if isinstance(default, (list, tuple)):
+        decoded = CfgNode._decode_cfg_value(value)
+        if isinstance(decoded, str) and decoded.startswith("["):
+            # [p3, p4], of which the quotes were eaten by a shell or never typed.
+            decoded = yaml.safe_load(decoded)
+        return decoded if isinstance(decoded, (list, tuple)) else [decoded]
+    return value
+
+
+@contextlib.contextmanager
+def _config_errors(cfg: CfgNode, what: str) -> Iterator[None]:
     try:
-        if path:
-            if not os.path.isfile(path):
-                raise UserError(f"{what} not found: {path}")
-            cfg.merge_from_file(path)
-    except UserError:
-        raise
+        yield
     except Exception as e:
         # yaml and yacs raise half a dozen unrelated types here, AssertionError among them.
-        raise UserError(f"{what} {path} cannot be used: {reason(e)}") from e
-    try:
-        cfg.merge_from_list(list(opts))
-    except Exception as e:
-        raise UserError(f"override of the {what} cannot be used: {reason(e)}") from e
+        text = reason(e)
+        unknown = re.search(r"Non-existent (?:config )?key: (\S+)", text)
+        if unknown:
+            close = difflib.get_close_matches(unknown[1], [k for k, _ in _keys(cfg)], n=1)
+            text += f", did you mean {close[0]}?" if close else ""
+        raise UserError(f"{what}: {text}") from e
 
 
 def student_config(cfg: CfgNode) -> CfgNode:

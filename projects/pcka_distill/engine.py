@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -241,8 +242,9 @@ def _check_datasets(names: list[str]) -> None:
             path = metadata.get(key)
             if path and "://" not in path and not os.path.exists(path):
                 raise UserError(
-                    f"dataset {name!r} is not there: {path} does not exist; set the environment "
-                    "variable DETECTRON2_DATASETS to the folder that holds it, or change DATASETS"
+                    f"dataset {name!r} is not there: {path} does not exist (seen from "
+                    f"{os.getcwd()}); correct where it was registered, or set DETECTRON2_DATASETS "
+                    "to the folder that holds Detectron2's own datasets"
                 )
 
 
@@ -260,6 +262,8 @@ def _check(cfg: CfgNode, args: argparse.Namespace) -> None:
         )
     if cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda"):
         raise UserError("SOLVER.AMP.ENABLED needs a CUDA device; set it False")
+    if not args.eval_only and cfg.SOLVER.MAX_ITER < 1:
+        raise UserError(f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}; it must be positive")
     if not args.eval_only and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty; name a dataset to train on")
     _check_datasets([*cfg.DATASETS.TEST, *(() if args.eval_only else cfg.DATASETS.TRAIN)])
@@ -291,14 +295,21 @@ def setup(args: argparse.Namespace) -> CfgNode:
     student_config(cfg)
     try:
         os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+        tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR).close()
     except OSError as e:
-        raise UserError(f"OUTPUT_DIR cannot be made: {e}; change OUTPUT_DIR") from e
+        raise UserError(f"OUTPUT_DIR cannot be written: {e}; change OUTPUT_DIR") from e
     # default_setup makes the same call again, which changes nothing.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
     _check(cfg, args)
+    last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
     default_setup(cfg, args)
     if no_gpu:
         logger.warning("No CUDA device here: MODEL.DEVICE is set to cpu")
+    if not (args.resume or args.eval_only) and os.path.exists(last):
+        logger.warning(
+            f"{cfg.OUTPUT_DIR} holds an earlier run, whose files this one replaces (--resume would "
+            "go on with it)"
+        )
     kind = cfg.MODEL.META_ARCHITECTURE
     if cfg.MODEL.DISTILL.LOSSES and kind != "DistillationModel":
         logger.warning(
@@ -348,11 +359,16 @@ def main(args: argparse.Namespace) -> Any:
     for name in cfg.DATASETS.TEST:
         _evaluator_type(name)
         try:
-            images = len(DatasetCatalog.get(name))
+            records = DatasetCatalog.get(name)
         except (AssertionError, ValueError, KeyError) as e:
             raise UserError(f"dataset {name} cannot be used: {reason(e)}") from e
-        if not images:
+        if not records:
             raise UserError(f"dataset {name} cannot be used: it has no images")
+        # A few of them: what is missing here is missed only after all of the training.
+        for record in records[:: max(1, len(records) // 16)]:
+            path = record.get("file_name", "")
+            if path and "://" not in path and not os.path.isfile(path):
+                raise UserError(f"dataset {name} cannot be used: image {path} does not exist")
     if args.eval_only:
         # The student alone: no teacher is built or needed.
         model = build_student(cfg)
@@ -403,4 +419,7 @@ def cli() -> None:
             raise
         sys.exit(f"error: {message}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command with --resume goes on from the last checkpoint")
+        sys.exit(
+            "interrupted; with --resume the same command goes on from the last checkpoint, if one "
+            "was saved"
+        )

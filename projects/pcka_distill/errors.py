@@ -1,5 +1,7 @@
 """The one exception that is meant for the person at the keyboard."""
 
+from urllib.error import URLError
+
 
 class UserError(ValueError):
     """Something the user can change: a path, a key, a level, a class count.
@@ -11,7 +13,10 @@ class UserError(ValueError):
 
 def reason(e: BaseException) -> str:
     """What an exception of a library says, on one line."""
-    text = " ".join(str(e.args[0] if e.args else e).split())
+    # str() of a KeyError is the repr of its argument.
+    text = " ".join(str(e.args[0] if isinstance(e, KeyError) and e.args else e).split())
+    if isinstance(e, URLError):
+        return f"it could not be downloaded: {text}; fetch it by hand and name the file"
     if "weights_only" in text:
         # torch >= 2.6 says it in a paragraph whose advice is an argument that nobody here passes.
         return (

@@ -138,11 +138,17 @@ class DistillationModel(nn.Module):
             self.pairs.update(pairs)
             if smallest_batch is not None:
                 batch, height, width = smallest_batch
-                for pair in pairs.values():
-                    rows, cols = (-(-side // pair.student_stride) for side in (height, width))
-                    note = loss.check_map(pair, (batch, pair.teacher_channels, rows, cols))
-                    if note:
-                        notes.append(f"  {loss.name} on {pair.student}: {note}")
+                shapes = {
+                    level: (
+                        batch,
+                        pair.teacher_channels,
+                        -(-height // pair.student_stride),
+                        -(-width // pair.student_stride),
+                    )
+                    for level, pair in pairs.items()
+                }
+                for level, note in loss.check_maps(shapes).items():
+                    notes.append(f"  {loss.name} on {level}: {note}")
         logger.info("\n".join(["Distillation, student <- teacher:", describe(self.pairs), *notes]))
 
     def _check_logits(self, teacher: nn.Module) -> None:

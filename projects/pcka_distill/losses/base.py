@@ -67,20 +67,19 @@ class DistillLoss(nn.Module):
             pairs: student level -> pair, of the levels that this loss reads.
         """
 
-    def check_map(self, pair: LevelPair, shape: tuple[int, int, int, int]) -> str:
-        """Refuse settings that leave nothing to compare on a level.
+    def check_maps(self, shapes: Mapping[str, tuple[int, int, int, int]]) -> dict[str, str]:
+        """Refuse settings that leave nothing to compare.
 
         Args:
-            pair: one of the attached pairs.
-            shape: (B, C, H, W), the smallest map that training will see there.
+            shapes: student level -> (B, C, H, W), the smallest map that training will see there.
 
         Returns:
-            what is worth knowing about the level, for the log; may be empty.
+            level -> what is worth knowing about it, for the log; may be empty.
 
         Raises:
             UserError: with what to change.
         """
-        return ""
+        return {}
 
     def check_logits(self, columns: int) -> None:
         """Refuse settings that leave nothing to compare in a head.

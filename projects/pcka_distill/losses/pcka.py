@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
@@ -11,9 +12,11 @@ from torch import Tensor
 from pcka_distill.errors import UserError
 from pcka_distill.functional import LAYOUTS, patch_counts, pcka_loss
 from pcka_distill.losses.base import DISTILL_LOSS_REGISTRY, FeatureLoss, check_relation_weights
-from pcka_distill.pairing import LevelPair
 
 __all__ = ["PCKALoss"]
+
+# A child of Detectron2's logger, so that it is seen wherever that one is.
+logger = logging.getLogger(f"detectron2.{__name__}")
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -59,6 +62,7 @@ class PCKALoss(FeatureLoss):
             raise UserError(f"PCKALoss: unknown layout {layout!r}, expected {', '.join(LAYOUTS)}")
         check_relation_weights(self, intra_weight, inter_weight)
         self._patch_sizes = sizes
+        self._warned: set[str] = set()
         self.options: dict[str, Any] = {
             "layout": layout,
             "center": center,
@@ -88,29 +92,53 @@ class PCKALoss(FeatureLoss):
             return self._patch_sizes[0]
         return self._patch_sizes[self.levels.index(level)]
 
-    def check_map(self, pair: LevelPair, shape: tuple[int, int, int, int]) -> str:
-        height, width = shape[-2:]
-        p = self.patch_size(pair.student)
-        where = f"level {pair.student!r} ({height} x {width} cells at the smallest training size)"
-        if p > min(height, width):
-            raise UserError(
-                f"PCKALoss: a patch of {p} is larger than {where}; "
-                f"lower MODEL.DISTILL.PCKA.PATCH_SIZE to at most {min(height, width)} there, "
-                "or take the level out of LEVELS"
-            )
+    def _problem(self, shape: tuple[int, int, int, int], p: int) -> str:
+        """Why patches of p leave nothing to compare on maps of a shape (B, C, H, W), or ""."""
+        if p > min(shape[-2:]):
+            return f"a patch of {p} is larger than"
         _, patches, values = patch_counts(shape, p, self.options["layout"])
-        debiased = self.options["debiased"]
-        least = 4 if debiased else 3 if self.options["center"] else 2
+        least = 4 if self.options["debiased"] else 3 if self.options["center"] else 2
         for part, samples in (("intra", patches), ("inter", values)):
             if self.options[f"{part}_weight"] and samples < least:
-                raise UserError(
-                    f"PCKALoss: patches of {p} leave {samples} samples for the {part} relation on "
-                    f"{where}, and the CKA of fewer than {least} is constant; change "
-                    f"MODEL.DISTILL.PCKA.PATCH_SIZE there, or set {part.upper()}_WEIGHT 0"
+                return (
+                    f"the {part} relation has {samples} samples, and the CKA of fewer than {least} "
+                    f"is constant, with patches of {p} on"
                 )
-        # The expectation for Gaussian noise. Near 1 the loss has little left to say.
-        noise = 0.0 if debiased else values / (values + patches)
-        return f"{patches} patches of {values} values; unrelated maps have a CKA of {noise:.2f}"
+        return ""
+
+    def check_maps(self, shapes: Mapping[str, tuple[int, int, int, int]]) -> dict[str, str]:
+        notes, fitting = {}, []
+        problem = ""
+        for level, shape in shapes.items():
+            p = self.patch_size(level)
+            found = self._problem(shape, p)
+            if found and not problem:
+                cells = f"{shape[2]} x {shape[3]} cells at the smallest training size"
+                problem = f"{found} level {level!r} ({cells})"
+            halves = (p >> i for i in range(p.bit_length()))
+            fitting.append(next((q for q in halves if not self._problem(shape, q)), None))
+            _, patches, values = patch_counts(shape, p, self.options["layout"])
+            # The expectation for Gaussian noise. Near 1 the loss has little left to say.
+            noise = 0.0 if self.options["debiased"] else values / (values + patches)
+            notes[level] = (
+                f"{patches} patches of {values} values; unrelated maps have a CKA of {noise:.2f}"
+            )
+        if problem:
+            sizes = [q for q in fitting if q]
+            kept = [level for level, q in zip(shapes, fitting) if q]
+            advice = f"set MODEL.DISTILL.PCKA.PATCH_SIZE {sizes}" if sizes else "no size fits"
+            if len(kept) < len(fitting):
+                advice += f", LEVELS {kept}" if kept else ": change the relations or the levels"
+            raise UserError(f"PCKALoss: {problem}; {advice}")
+        return notes
 
     def compare(self, level: str, student: Tensor, teacher: Tensor) -> Tensor:
-        return pcka_loss(student, teacher, patch_size=self.patch_size(level), **self.options)
+        p = self.patch_size(level)
+        b, c, h, w = student.shape
+        if level not in self._warned and self._problem((b, c, h, w), p):
+            self._warned.add(level)
+            logger.warning(
+                f"PCKALoss: {self._problem((b, c, h, w), p)} level {level!r} ({h} x {w} cells): "
+                "it teaches nothing there on such images (said once)"
+            )
+        return pcka_loss(student, teacher, patch_size=p, **self.options)
