@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
@@ -14,13 +14,15 @@ from sklearn.datasets import load_digits
 __all__ = ["render_split"]
 
 IMAGE_SIZE = 96
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
 _MIN_SIDE, _MAX_SIDE = 18, 44
 _ALPHA_THRESHOLD = 0.25
 _MAX_OVERLAP = 0.1
 _MIN_CONTRAST = 70.0
 
 
-def _background(rng: np.random.Generator) -> np.ndarray:
+def _background(rng: np.random.Generator) -> Array:
     """A cluttered background: (96, 96, 3) float32 in 0..255."""
     size = IMAGE_SIZE
     grid = rng.uniform(0, 255, (rng.integers(2, 5), rng.integers(2, 5), 3)).astype(np.float32)
@@ -42,7 +44,7 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     return image + rng.normal(0, rng.uniform(2, 8), image.shape).astype(np.float32)
 
 
-def _color_off(background: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _color_off(background: Array, rng: np.random.Generator) -> Array:
     """A colour at least _MIN_CONTRAST grey levels off the mean of what it will cover."""
     grey = np.array([0.114, 0.587, 0.299], np.float32)
     mean = float(background.reshape(-1, 3).mean(0) @ grey)
@@ -63,13 +65,13 @@ def _overlap(a: tuple[int, ...], b: tuple[int, ...]) -> float:
 
 
 def _render(
-    digits: np.ndarray, labels: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
+    digits: Array, labels: Array, rng: np.random.Generator
+) -> tuple[Array, list[tuple[int, Array]]]:
     """One image, (96, 96, 3) uint8 BGR, and its objects as (class, (96, 96) bool mask)."""
     size = IMAGE_SIZE
     image = _background(rng)
     boxes: list[tuple[int, ...]] = []
-    objects: list[tuple[int, np.ndarray]] = []
+    objects: list[tuple[int, Array]] = []
     wanted = int(rng.integers(2, 6))
     for _ in range(20 * wanted):
         if len(objects) == wanted:
@@ -119,7 +121,7 @@ def render_split(
     # One fixed permutation decides which digits belong to which split.
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(scans.target))
     chosen = order[round(share[0] * len(order)) : round(share[1] * len(order))]
-    digits = (scans.images[chosen] / 16).astype(np.float32)
+    digits: Array = np.asarray(scans.images)[chosen].astype(np.float32) / 16
     labels = scans.target[chosen]
     rng = np.random.Generator(np.random.PCG64(seed))
 
