@@ -100,7 +100,7 @@ def _render(
             below &= ~mask
         boxes.append(box)
         objects.append((int(labels[index]), mask))
-    image = image + rng.normal(0, 3, image.shape).astype(np.float32)
+    image = image + np.asarray(rng.normal(0, 3, image.shape), np.float32)
     return image.clip(0, 255).astype(np.uint8), objects
 
 
