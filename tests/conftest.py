@@ -12,9 +12,9 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
-from helpers import digits_cfg, make_batch
+from helpers import FAMILIES, digits_cfg, make_batch
 
 import pcka_distill  # noqa: F401  (registers everything)
 
@@ -38,12 +38,10 @@ def teacher_files(tmp_path_factory):
     """family -> checkpoint of a random model of the student's architecture."""
     folder = tmp_path_factory.mktemp("teachers")
     files = {}
-    for family in ("retinanet", "faster_rcnn"):
+    for family in FAMILIES:
         torch.manual_seed(7)
         files[family] = str(folder / f"{family}.pth")
-        torch.save(
-            {"model": build_model(digits_cfg(f"{family}_student")).state_dict()}, files[family]
-        )
+        torch.save({"model": build_model(digits_cfg(family)).state_dict()}, files[family])
     return files
 
 
@@ -60,4 +58,5 @@ def empty_batch():
         x["instances"] = Instances((96, 96))
         x["instances"].gt_boxes = Boxes(torch.zeros(0, 4))
         x["instances"].gt_classes = torch.zeros(0, dtype=torch.int64)
+        x["instances"].gt_masks = PolygonMasks([])
     return batch

@@ -3,42 +3,71 @@
 from pathlib import Path
 
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, PolygonMasks
 
 from pcka_distill import get_distill_cfg
 
 REPO = Path(__file__).resolve().parents[1]
-FAMILIES = ("retinanet", "faster_rcnn")
+# Those with a Digits config of their own, and those that only the tests have one for.
+SHIPPED = ("retinanet", "fcos", "faster_rcnn")
+FAMILIES = (*SHIPPED, "cascade_rcnn", "mask_rcnn", "c4_rcnn", "panoptic_fpn")
+LEVELS = dict.fromkeys(FAMILIES, ("p3", "p4", "p5")) | {"c4_rcnn": ("res4",)}
+STAGES = dict.fromkeys(FAMILIES, ("",)) | {"cascade_rcnn": ("_stage0", "_stage1", "_stage2")}
+
+
+def student_yaml(family):
+    """The small student of a family."""
+    if family in SHIPPED:
+        return REPO / "configs" / "Digits" / f"{family}_student.yaml"
+    return REPO / "tests" / "configs" / f"{family}.yaml"
 
 
 def digits_cfg(name, *opts):
-    """A shipped Digits config with overrides."""
+    """A family's student, or a shipped Digits config, with overrides."""
     cfg = get_distill_cfg()
-    cfg.merge_from_file(str(REPO / "configs" / "Digits" / f"{name}.yaml"))
+    shipped = REPO / "configs" / "Digits" / f"{name}.yaml"
+    cfg.merge_from_file(str(shipped if shipped.exists() else student_yaml(name)))
     cfg.merge_from_list(list(opts))
     return cfg
 
 
 def distill_cfg(family, weights, *opts):
-    """A Digits distillation whose teacher has the student's small architecture."""
-    return digits_cfg(
-        f"{family}_pcka",
-        "MODEL.DISTILL.TEACHER.CONFIG_FILE",
-        str(REPO / "configs" / "Digits" / f"{family}_student.yaml"),
-        "MODEL.DISTILL.TEACHER.WEIGHTS",
-        weights,
-        *opts,
+    """A distillation of a family's student by a teacher of the same small architecture."""
+    cfg = digits_cfg(family)
+    student = cfg.MODEL.META_ARCHITECTURE
+    cfg.merge_from_list(
+        [
+            *("MODEL.META_ARCHITECTURE", "DistillationModel"),
+            *("MODEL.DISTILL.STUDENT_ARCHITECTURE", student),
+            *("MODEL.DISTILL.TEACHER.CONFIG_FILE", str(student_yaml(family))),
+            *("MODEL.DISTILL.TEACHER.WEIGHTS", weights),
+            *("MODEL.DISTILL.LOSSES", ["PCKALoss"]),
+            *("MODEL.DISTILL.PCKA.LEVELS", LEVELS[family]),
+            *("MODEL.DISTILL.PCKA.PATCH_SIZE", (2,)),
+            *("MODEL.DISTILL.PCKA.LAYOUT", "sample"),
+            *opts,
+        ]
     )
+    return cfg
 
 
 def make_batch(seed=0, sizes=((96, 96), (96, 96))):
-    """Images of noise with two boxes each."""
+    """Images of noise with two boxes each, their masks, and a semantic segmentation."""
     g = torch.Generator().manual_seed(seed)
     batch = []
     for h, w in sizes:
         instances = Instances((h, w))
         instances.gt_boxes = Boxes(torch.tensor([[5.0, 8.0, 33.0, 44.0], [50.0, 40.0, 80.0, 90.0]]))
         instances.gt_classes = torch.tensor([3, 7])
+        instances.gt_masks = PolygonMasks(
+            [
+                [[x0, y0, x1, y0, x1, y1, x0, y1]]
+                for x0, y0, x1, y1 in instances.gt_boxes.tensor.tolist()
+            ]
+        )
         image = torch.randint(0, 256, (3, h, w), generator=g, dtype=torch.uint8)
-        batch.append({"image": image, "instances": instances, "height": h, "width": w})
+        sem_seg = torch.randint(0, 3, (h, w), generator=g)
+        batch.append(
+            {"image": image, "instances": instances, "sem_seg": sem_seg, "height": h, "width": w}
+        )
     return batch

@@ -14,7 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
-from helpers import FAMILIES, REPO, make_batch
+from helpers import REPO, SHIPPED, make_batch
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from pcka_distill import UserError
@@ -52,7 +52,7 @@ def metrics(output):
     return {k for x in (output / "metrics.json").read_text().splitlines() for k in json.loads(x)}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHIPPED)
 def test_a_distilled_run_end_to_end(family, teacher_files, tmp_path):
     """Train, evaluate, and let stock Detectron2 load the checkpoint with the student's config."""
     args = distill_arguments(
@@ -119,7 +119,7 @@ def command(*args):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHIPPED)
 def test_zero_weight_run_is_stock(family, teacher_files, tmp_path):
     """Through the command line: the same data, losses and final weights as the plain student."""
     opts = ["SOLVER.MAX_ITER", 4, "DATASETS.TEST", "()", "TEST.EVAL_PERIOD", 0]

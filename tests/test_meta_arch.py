@@ -8,10 +8,10 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
-from detectron2.modeling import Backbone, build_model
+from detectron2.modeling import Backbone, StandardROIHeads, build_model
 from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
-from helpers import FAMILIES, digits_cfg, distill_cfg, make_batch
+from helpers import FAMILIES, LEVELS, STAGES, digits_cfg, distill_cfg, make_batch
 from torch import nn
 
 from pcka_distill import (
@@ -24,13 +24,21 @@ from pcka_distill import (
     UserError,
     student_config,
 )
+from pcka_distill.recorder import Recorder
 
 LOSSES = ["PCKALoss", "RCKALoss", "MimicLoss"]
-TERMS = {
-    "PCKALoss": ["loss_pcka_p3", "loss_pcka_p4", "loss_pcka_p5"],
-    "RCKALoss": ["loss_rcka_intra", "loss_rcka_inter"],
-    "MimicLoss": ["loss_mimic_p3", "loss_mimic_p4", "loss_mimic_p5"],
-}
+
+
+def terms(family, loss):
+    """What a loss adds to the dictionary of a family's losses."""
+    if loss == "RCKALoss":
+        return [f"loss_rcka_{part}{s}" for part in ("intra", "inter") for s in STAGES[family]]
+    return [f"loss_{loss.removesuffix('Loss').lower()}_{level}" for level in LEVELS[family]]
+
+
+def resnet(model):
+    """The ResNet in it, with or without an FPN."""
+    return getattr(model.backbone, "bottom_up", model.backbone)
 
 
 def build(family, teacher_files, losses=("PCKALoss",), *opts, seed=0):
@@ -42,7 +50,7 @@ def build(family, teacher_files, losses=("PCKALoss",), *opts, seed=0):
 def stock(family, seed=0):
     """What stock Detectron2 builds of the student's config."""
     torch.manual_seed(seed)
-    return build_model(digits_cfg(f"{family}_student"))
+    return build_model(digits_cfg(family))
 
 
 def step(model, batch, seed=1):
@@ -71,13 +79,13 @@ def test_every_family_with_every_loss(family, losses, teacher_files, batch):
     model = build(family, teacher_files, losses)
     out = step(model, batch)
     own = step(stock(family), batch)
-    assert sorted(out) == sorted([*own, *(term for name in losses for term in TERMS[name])])
+    assert sorted(out) == sorted([*own, *(term for name in losses for term in terms(family, name))])
     # Reading the student does not change what it computes.
     assert all(torch.equal(out[k], own[k]) for k in own)
     distilled = [v for k, v in out.items() if k not in own]
     assert all(torch.isfinite(v) and v > 0 for v in distilled)
     sum(distilled).backward()
-    assert model.student.backbone.bottom_up.stem.conv1.weight.grad.abs().sum() > 0
+    assert resnet(model.student).stem.conv1.weight.grad.abs().sum() > 0
     # Every adapter learns: an unused parameter is an error under DDP.
     assert all(p.grad is not None for p in model.distill.parameters())
 
@@ -91,7 +99,7 @@ def test_every_loss_falls(family, name, teacher_files):
     history = []
     for _ in range(20):
         out = step(model, make_batch())
-        loss = sum(out[k] for k in TERMS[name])
+        loss = sum(out[k] for k in terms(family, name))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -108,7 +116,7 @@ def test_a_student_like_its_teacher_has_nothing_to_learn(family, teacher_files, 
         if isinstance(m, nn.BatchNorm2d):
             m.eval()
     out = step(model, batch)
-    for name in (*TERMS["PCKALoss"], *TERMS["RCKALoss"]):
+    for name in (*terms(family, "PCKALoss"), *terms(family, "RCKALoss")):
         assert out[name] < 1e-5, name
 
 
@@ -225,7 +233,7 @@ def test_a_checkpoint_is_the_students(family, teacher_files, tmp_path):
     assert not result.missing_keys and not result.incorrect_shapes
     # Beside the student there are only the 1x1 adapters; of the teacher there is nothing.
     assert sorted(result.unexpected_keys) == sorted(
-        f"distill.mimic.projections.{p}.{x}" for p in ("p3", "p4", "p5") for x in ("weight", "bias")
+        f"distill.mimic.projections.{p}.{x}" for p in LEVELS[family] for x in ("weight", "bias")
     )
     for key, value in alone.state_dict().items():
         assert torch.equal(value, model.student.state_dict()[key])
@@ -262,10 +270,8 @@ def test_a_stock_checkpoint_loads_into_the_student(family, teacher_files, tmp_pa
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_of_other_classes_loads_as_in_stock(family, teacher_files, tmp_path):
     """Fine-tuning of a zoo model: what fits is loaded, the rest is named, nothing fails."""
-    count = (
-        "MODEL.RETINANET.NUM_CLASSES" if family == "retinanet" else "MODEL.ROI_HEADS.NUM_CLASSES"
-    )
-    zoo = build_model(digits_cfg(f"{family}_student", count, 7))
+    node = {"retinanet": "RETINANET", "fcos": "FCOS"}.get(family, "ROI_HEADS")
+    zoo = build_model(digits_cfg(family, f"MODEL.{node}.NUM_CLASSES", 7))
     torch.save({"model": zoo.state_dict()}, tmp_path / "zoo.pth")
     ours, theirs = build(family, teacher_files), stock(family)
     mine, stocks = (_incompatible(m, tmp_path / "zoo.pth") for m in (ours, theirs))
@@ -285,7 +291,7 @@ def test_what_is_not_its_own_is_the_students(teacher_files):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_imagenet_backbone_loads_into_the_student(family, teacher_files, tmp_path):
     """As R-50.pkl: names without any prefix, matched by Detectron2's heuristics."""
-    source = stock(family, seed=9).backbone.bottom_up.state_dict()
+    source = resnet(stock(family, seed=9)).state_dict()
     content = {
         "model": {k: v.numpy() for k, v in source.items()},
         "__author__": "test",
@@ -296,7 +302,7 @@ def test_an_imagenet_backbone_loads_into_the_student(family, teacher_files, tmp_
     result = _incompatible(model, tmp_path / "R.pkl")
     assert not result.incorrect_shapes and not result.unexpected_keys
     for key, value in source.items():
-        assert torch.equal(model.student.backbone.bottom_up.state_dict()[key], value), key
+        assert torch.equal(resnet(model.student).state_dict()[key], value), key
 
 
 # ---- copies ----------------------------------------------------------------------------------
@@ -449,15 +455,9 @@ def test_channel_order_is_translated(batch):
     torch.testing.assert_close(seen["x"][0], expected)
 
 
-@pytest.mark.parametrize(
-    ("opts", "message"),
-    [
-        (["MODEL.RETINANET.NUM_CLASSES", 7], r"columns 10 \(student\) != 7 \(teacher\)"),
-        (["MODEL.ANCHOR_GENERATOR.SIZES", [[14], [26], [42]]], "anchors a cell"),
-    ],
-)
-def test_logits_that_cannot_be_compared(opts, message):
-    with pytest.raises(UserError, match=message):
+def test_logits_that_cannot_be_compared():
+    opts = ["MODEL.ANCHOR_GENERATOR.SIZES", [[14], [26], [42]]]
+    with pytest.raises(UserError, match="anchors a cell"):
         unequal(teacher_opts=opts, losses=[RCKALoss()])
     # Features do not mind.
     unequal(teacher_opts=opts)
@@ -470,31 +470,97 @@ def test_one_class_has_no_relation_to_others():
     unequal(one, one, losses=[RCKALoss(inter_weight=0.0)])
 
 
-def test_features_of_every_head_but_logits_of_the_supported(batch):
-    cascade = build_model(
-        digits_cfg(
-            "faster_rcnn_student",
-            *("MODEL.ROI_HEADS.NAME", "CascadeROIHeads"),
-            *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True),
-        )
+@pytest.mark.parametrize("family", ["retinanet", "faster_rcnn", "cascade_rcnn"])
+def test_classes_are_paired_by_name(family, batch):
+    """Teacher and student share two classes, under other indices: only those are compared."""
+    node = {"retinanet": "RETINANET"}.get(family, "ROI_HEADS")
+    student = build_model(digits_cfg(family, f"MODEL.{node}.NUM_CLASSES", 3))
+    teacher = build_model(digits_cfg(family, f"MODEL.{node}.NUM_CLASSES", 4))
+    for instances in (x["instances"] for x in batch):
+        instances.gt_classes = instances.gt_classes % 3
+    probe = Probe()
+    model = DistillationModel(
+        student=student,
+        teacher=FrozenTeacher(teacher, classes=["car", "dog", "cat", "bus"]),
+        losses=[probe],
+        classes=["cat", "tree", "dog"],
     )
-    student = build_model(digits_cfg("faster_rcnn_student"))
-    for pair in ((student, cascade), (cascade, student)):
-        model = DistillationModel(
-            student=pair[0],
-            teacher=FrozenTeacher(copy.deepcopy(pair[1])),
-            losses=[PCKALoss(patch_size=2, layout="sample")],
+    recorder = Recorder(model._student_adapter.hook_points(student, {"logits"}))
+    with recorder.recording() as record:
+        step(model, batch)
+        whole = model._student_adapter.collect(student, record, {"logits"}).logits
+    columns = [0, 2] if family == "retinanet" else [0, 2, 3]
+    for group, logits in probe.student.logits.items():
+        assert torch.equal(logits, whole[group][..., columns])
+        assert probe.teacher.logits[group].shape == logits.shape
+    # The teacher's dog and cat, in the student's order.
+    whole = model._teacher_adapter.run_teacher(teacher, batch, probe.student, {"logits"}).logits
+    for group, logits in whole.items():
+        theirs = [2, 1] if family == "retinanet" else [2, 1, 4]
+        assert torch.equal(probe.teacher.logits[group], logits[..., theirs])
+
+
+def test_classes_that_cannot_be_paired():
+    seven = ["MODEL.RETINANET.NUM_CLASSES", 7]
+    with pytest.raises(UserError, match="10 classes, the teacher 7, and their names are not known"):
+        unequal(teacher_opts=seven, losses=[RCKALoss()])
+    with pytest.raises(UserError, match="no class of the same name: a0, a1"):
+        unequal(
+            teacher_opts=seven,
+            losses=[RCKALoss()],
+            classes=[f"a{i}" for i in range(10)],
+            teacher_kwargs={"classes": [f"b{i}" for i in range(7)]},
         )
-        assert "loss_pcka_p3" in step(model, batch)
-        with pytest.raises(UserError, match="the logits of CascadeROIHeads cannot be read"):
-            DistillationModel(
-                student=pair[0], teacher=FrozenTeacher(copy.deepcopy(pair[1])), losses=[RCKALoss()]
-            )
+    # Two of a box head and its background are enough to relate, one of a dense head is not.
+    with pytest.raises(UserError, match="INTER_WEIGHT 0"):
+        unequal(
+            losses=[RCKALoss()],
+            classes=[f"a{i}" for i in range(10)],
+            teacher_kwargs={"classes": [f"b{i}" for i in range(9)] + ["a3"]},
+        )
+    # Features do not mind.
+    unequal(teacher_opts=seven)
+
+
+def test_a_cascade_and_a_single_head(batch):
+    """Stages are taught by one head, one head by the mean of the stages."""
+    cascade, single = (build_model(digits_cfg(x)) for x in ("cascade_rcnn", "faster_rcnn"))
+    probe = Probe()
+    step(DistillationModel(student=single, teacher=FrozenTeacher(cascade), losses=[probe]), batch)
+    heads = cascade.roi_heads
+    maps = [probe.teacher.features[f] for f in heads.box_in_features]
+    pooled = heads.box_pooler(maps, probe.student.regions["box"])
+    stages = [p(h(pooled))[0] for h, p in zip(heads.box_head, heads.box_predictor)]
+    torch.testing.assert_close(probe.teacher.logits["box"], sum(stages) / 3)
+
+    cascade, single = (build_model(digits_cfg(x)) for x in ("cascade_rcnn", "faster_rcnn"))
+    step(DistillationModel(student=cascade, teacher=FrozenTeacher(single), losses=[probe]), batch)
+    assert list(probe.teacher.logits) == ["stage0", "stage1", "stage2"]
+    heads = single.roi_heads
+    maps = [probe.teacher.features[f] for f in heads.box_in_features]
+    for group, boxes in probe.student.regions.items():
+        expected = heads.box_predictor(heads.box_head(heads.box_pooler(maps, boxes)))[0]
+        assert torch.equal(probe.teacher.logits[group], expected)
+
+
+def test_heads_whose_boxes_are_computed_in_another_way(batch):
+    class OwnHeads(StandardROIHeads):
+        def _forward_box(self, features, proposals):
+            return super()._forward_box(features, proposals)
+
+    student = build_model(digits_cfg("faster_rcnn"))
+    teacher = FrozenTeacher(copy.deepcopy(student))
+    student.roi_heads.__class__ = OwnHeads
+    with pytest.raises(UserError, match=r"logits of OwnHeads cannot be read: .*CascadeROIHeads"):
+        DistillationModel(student=student, teacher=teacher, losses=[RCKALoss()])
+    loss = PCKALoss(patch_size=2, layout="sample")
+    model = DistillationModel(student=student, teacher=teacher, losses=[loss])
+    assert "loss_pcka_p3" in step(model, batch)
 
 
 def test_unsupported_models_name_the_supported(batch):
     with pytest.raises(
-        UserError, match="no adapter for Linear: supported are GeneralizedRCNN, Ret"
+        UserError, match="no adapter for Linear: supported are DenseDetector, GeneralizedRCNN;"
     ):
         DistillationModel(
             student=nn.Linear(1, 1), teacher=FrozenTeacher(nn.Linear(1, 1)), losses=[PCKALoss()]

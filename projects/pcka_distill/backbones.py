@@ -1,13 +1,15 @@
-"""A backbone small enough for the digits student."""
+"""Backbones that Detectron2 cannot build from a yaml."""
 
 from __future__ import annotations
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, FPN
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, build_resnet_backbone
+from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
+from torch import nn
 
-__all__ = ["build_tiny_resnet_fpn_backbone"]
+__all__ = ["build_fcos_resnet_fpn_backbone", "build_tiny_resnet_fpn_backbone"]
 
 
 @BACKBONE_REGISTRY.register()
@@ -37,10 +39,23 @@ def build_tiny_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     bottom_up = ResNet(
         stem, stages, out_features=resnet.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT
     )
+    return _fpn(cfg, bottom_up)
+
+
+@BACKBONE_REGISTRY.register()
+def build_fcos_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """A ResNet under an FPN whose p6 and p7 come from p5, as in Detectron2's FCOS."""
+    channels = cfg.MODEL.FPN.OUT_CHANNELS
+    top_block = LastLevelP6P7(channels, channels, in_feature="p5")
+    return _fpn(cfg, build_resnet_backbone(cfg, input_shape), top_block)
+
+
+def _fpn(cfg: CfgNode, bottom_up: ResNet, top_block: nn.Module | None = None) -> FPN:
     return FPN(
         bottom_up,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
+        top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )

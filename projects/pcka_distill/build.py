@@ -7,13 +7,14 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
 
@@ -27,6 +28,7 @@ __all__ = [
     "build_registered",
     "build_student",
     "build_teacher",
+    "class_names",
     "get_distill_cfg",
     "merge_config",
     "own_random_stream",
@@ -236,7 +238,29 @@ def build_teacher(cfg: CfgNode) -> FrozenTeacher:
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
         f"{loaded} of {len(model.state_dict())} tensors loaded from {weights}"
     )
-    return FrozenTeacher(model, input_format=teacher_cfg.INPUT.FORMAT)
+    return FrozenTeacher(
+        model,
+        input_format=teacher_cfg.INPUT.FORMAT,
+        classes=class_names(teacher_cfg.DATASETS.TRAIN),
+    )
+
+
+def class_names(datasets: Sequence[str]) -> list[str] | None:
+    """The class names of a config's datasets; None if nobody here has registered them.
+
+    Those of a COCO json of one's own are known only once it is read, so it is.
+    """
+    for name in datasets:
+        metadata = MetadataCatalog.get(name)
+        file = metadata.get("json_file")
+        if name in DatasetCatalog and "thing_classes" not in metadata.as_dict():
+            if file is None or not os.path.isfile(file):
+                continue
+            DatasetCatalog.get(name)
+        classes = metadata.get("thing_classes")
+        if classes is not None:
+            return list(classes)
+    return None
 
 
 def build_losses(cfg: CfgNode) -> list[DistillLoss]:

@@ -8,7 +8,7 @@ __all__ = ["add_pcka_distill_config"]
 
 
 def add_pcka_distill_config(cfg: CN) -> None:
-    """Add ``MODEL.DISTILL`` and ``SOLVER.OPTIMIZER`` with their defaults."""
+    """Add ``MODEL.DISTILL``, ``MODEL.FCOS`` and ``SOLVER.OPTIMIZER`` with their defaults."""
     # "SGD" is Detectron2's own. "AdamW" reads SOLVER.BASE_LR and WEIGHT_DECAY. It has to live
     # outside MODEL.DISTILL because a plain student and a teacher are trained with it too.
     # Other projects add the same key: theirs stays.
@@ -72,3 +72,20 @@ def add_pcka_distill_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.MIMIC.WEIGHT = 1.0
     cfg.MODEL.DISTILL.MIMIC.WARMUP_ITERS = 0
     cfg.MODEL.DISTILL.MIMIC.LEVELS = ()
+
+    # FCOS: Detectron2 has the model and no keys for it. The defaults are its own.
+    cfg.MODEL.FCOS = CN()
+    cfg.MODEL.FCOS.NUM_CLASSES = 80
+    cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # Convolutions of each branch of the head, and their norm.
+    cfg.MODEL.FCOS.NUM_CONVS = 4
+    cfg.MODEL.FCOS.NORM = "GN"
+    cfg.MODEL.FCOS.PRIOR_PROB = 0.01
+    # Locations within this many strides of a box's centre are positive.
+    cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
+    cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
+    cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
+    # Scores are the square root of class score times centerness.
+    cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
+    cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
+    cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,7 +14,13 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from pcka_distill.adapters import find_adapter
-from pcka_distill.build import build_losses, build_student, build_teacher, own_random_stream
+from pcka_distill.build import (
+    build_losses,
+    build_student,
+    build_teacher,
+    class_names,
+    own_random_stream,
+)
 from pcka_distill.errors import UserError
 from pcka_distill.losses import DistillLoss
 from pcka_distill.pairing import LevelPair, align, describe, pair_levels
@@ -63,6 +69,9 @@ class DistillationModel(nn.Module):
             bit for bit.
         input_format: channel order of the student's images, "BGR" or "RGB"; None when it is the
             teacher's.
+        classes: names of the student's classes, in the order of its logits; None when they are
+            the teacher's. Where the two differ, logits are compared in the classes of the same
+            name.
         smallest_batch: (B, height, width) of the smallest padded batch to be expected, in
             pixels; None skips the check that the losses' settings suit it.
 
@@ -79,6 +88,7 @@ class DistillationModel(nn.Module):
         teacher: FrozenTeacher | None,
         losses: Iterable[DistillLoss],
         input_format: str | None = None,
+        classes: Sequence[str] | None = None,
         smallest_batch: tuple[int, int, int] | None = None,
     ) -> None:
         super().__init__()
@@ -90,6 +100,7 @@ class DistillationModel(nn.Module):
             self.distill[loss.name] = loss
         self.teacher = teacher
         self.pairs: dict[str, LevelPair] = {}
+        self._classes: tuple[list[int], list[int]] | None = None
         self._register_state_dict_hook(_drop_prefix)
         self._register_load_state_dict_pre_hook(_restore_prefix)
         if not self.distill:
@@ -106,7 +117,7 @@ class DistillationModel(nn.Module):
         if "features" in self._reads:
             self._pair(teacher.model, smallest_batch)
         if "logits" in self._reads:
-            self._check_logits(teacher.model)
+            self._pair_logits(teacher, classes)
         self._recorder = Recorder(self._student_adapter.hook_points(student, self._reads))
         self.distill.to(next(student.parameters()).device)
 
@@ -121,6 +132,7 @@ class DistillationModel(nn.Module):
             "teacher": teacher,
             "losses": losses,
             "input_format": cfg.INPUT.FORMAT,
+            "classes": class_names(cfg.DATASETS.TRAIN) if teacher else None,
             "smallest_batch": _smallest_batch(cfg, student),
         }
 
@@ -151,7 +163,9 @@ class DistillationModel(nn.Module):
                     notes.append(f"  {loss.name} on {level}: {note}")
         logger.info("\n".join(["Distillation, student <- teacher:", describe(self.pairs), *notes]))
 
-    def _check_logits(self, teacher: nn.Module) -> None:
+    def _pair_logits(self, frozen: FrozenTeacher, classes: Sequence[str] | None) -> None:
+        """Pair the classes of the two heads, and refuse logits that cannot be compared."""
+        teacher = frozen.model
         names = [type(x).__name__ for x in (self.student, teacher)]
         losses = [x for x in self.losses if "logits" in x.reads]
         readers = ", ".join(type(x).__name__ for x in losses)
@@ -172,8 +186,18 @@ class DistillationModel(nn.Module):
                 f"{readers} compares logits row by row, but {differ}; make the two heads equal "
                 "or take it out of MODEL.DISTILL.LOSSES"
             )
+        counts = [
+            adapter.num_classes(model)
+            for adapter, model in (
+                (self._student_adapter, self.student),
+                (self._teacher_adapter, teacher),
+            )
+        ]
+        self._classes = _pair_classes(classes, frozen.classes, counts, readers)
+        shared = self._classes[0] if self._classes else list(range(counts[0] or 0))
+        columns = self._student_adapter.select_classes(torch.zeros(1, (counts[0] or 0) + 1), shared)
         for loss in losses:
-            loss.check_logits(cast("int", mine["columns"]))
+            loss.check_logits(columns.shape[1])
 
     @property
     def losses(self) -> list[DistillLoss]:
@@ -215,6 +239,14 @@ class DistillationModel(nn.Module):
             student = self._student_adapter.collect(self.student, record, self._reads)
         assert self.teacher is not None  # with losses the constructor asks for one
         teacher = self._teach(self.teacher.model, batched_inputs, student)
+        if self._classes is not None:
+            for taps, adapter, indices in (
+                (student, self._student_adapter, self._classes[0]),
+                (teacher, self._teacher_adapter, self._classes[1]),
+            ):
+                taps.logits = {
+                    k: adapter.select_classes(x, indices) for k, x in taps.logits.items()
+                }
         iteration = get_event_storage().iter
         for loss in self.losses:
             factor = loss.schedule(iteration)
@@ -234,6 +266,46 @@ class DistillationModel(nn.Module):
                 teacher.features, student.features, self.pairs, student.padded_size
             )
         return teacher
+
+
+def _pair_classes(
+    mine: Sequence[str] | None,
+    theirs: Sequence[str] | None,
+    counts: Sequence[int | None],
+    readers: str,
+) -> tuple[list[int], list[int]] | None:
+    """Indices of the classes of the same name, student's and teacher's; None if all are equal.
+
+    Args:
+        mine, theirs: class names; None if they are not known.
+        counts: classes of the student's and of the teacher's head.
+        readers: the losses that want them, for the message.
+    """
+    if mine is None or theirs is None:
+        if counts[0] == counts[1]:
+            return None
+        raise UserError(
+            f"{readers} compares logits, the student has {counts[0]} classes, the teacher "
+            f"{counts[1]}, and their names are not known; register both datasets with "
+            "thing_classes, or take the loss out of MODEL.DISTILL.LOSSES"
+        )
+    if list(mine) == list(theirs):
+        return None
+    # Of a name that is there twice the first is meant.
+    where = {name: i for i, name in reversed(list(enumerate(theirs)))}
+    pairs = [(i, where[name]) for i, name in enumerate(mine) if name in where]
+    if not pairs:
+        raise UserError(
+            f"{readers} compares logits, and student and teacher have no class of the same name: "
+            f"{', '.join(mine[:5])}, ... and {', '.join(theirs[:5])}, ...; take it out of "
+            "MODEL.DISTILL.LOSSES"
+        )
+    shared = ", ".join(mine[i] for i, _ in pairs)
+    logger.info(
+        f"Logits are compared in {len(pairs)} classes that both know, of {len(mine)} (student) "
+        f"and {len(theirs)} (teacher): {shared}"
+    )
+    return [i for i, _ in pairs], [i for _, i in pairs]
 
 
 def _smallest_batch(cfg: CfgNode, student: Any) -> tuple[int, int, int] | None:

@@ -18,14 +18,15 @@ class Taps:
         features: level name -> (B, C, H, W), FPN feature maps.
         logits: group name -> class logits before any sigmoid or softmax. A dense head gives one
             group a level, (B, H*W*A, K) for A anchors of K classes; a box head gives one group
-            ``"box"``, (R, K + 1) for the R regions of all images together.
-        regions: per image, the boxes that the rows of a box head's logits stand for, in pixels
-            of the network's input. None for dense detectors.
+            ``"box"``, (R, K + 1) for the R regions of all images together, a cascade one group
+            ``"stage0"``, ... a stage.
+        regions: group of a box head -> per image, the boxes that the rows of its logits stand
+            for, in pixels of the network's input. Empty for dense detectors.
         padded_size: (height, width) of the batch after padding, in pixels: every feature map
             covers this extent.
     """
 
     features: dict[str, Tensor] = field(default_factory=dict)
     logits: dict[str, Tensor] = field(default_factory=dict)
-    regions: list[Any] | None = None
+    regions: dict[str, list[Any]] = field(default_factory=dict)
     padded_size: tuple[int, int] = (0, 0)

@@ -6,7 +6,7 @@ import logging
 import os
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -31,11 +31,20 @@ class FrozenTeacher:
         model: a trained detector. It is put into eval mode and its parameters are frozen.
         input_format: channel order of the images that it was trained on, "BGR" or "RGB"; None
             when it is the student's.
+        classes: names of its classes, in the order of its logits; None when they are the
+            student's.
     """
 
-    def __init__(self, model: nn.Module, *, input_format: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        input_format: str | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.input_format = input_format
+        self.classes = classes
 
     def apply(self, fn: Callable[[Any], Any]) -> None:
         """Apply a tensor function (``to``, ``cuda``, ``half``) as ``nn.Module`` would."""

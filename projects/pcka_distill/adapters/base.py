@@ -38,15 +38,19 @@ class Adapter:
         raise NotImplementedError
 
     def logit_signature(self, model: Any) -> dict[str, object]:
-        """What must be equal in two models for their logits to be compared row by row.
+        """What must be equal in two models, but for the classes, for their logits to be compared.
 
         Returns:
-            property -> value; ``"columns"``, the columns of the logits, is one of them.
+            property -> value.
 
         Raises:
             UserError: this member of the family has no logits that can be read.
         """
         raise NotImplementedError
+
+    def select_classes(self, logits: Tensor, classes: list[int]) -> Tensor:
+        """The columns of some foreground classes, with whatever belongs to every class set."""
+        return logits[..., classes]
 
     def hook_points(self, model: Any, reads: Collection[str]) -> dict[str, nn.Module]:
         """Name -> submodule whose calls :meth:`collect` wants to see.

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from detectron2.modeling import RetinaNet
-from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
+from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
 from pcka_distill.adapters.base import Adapter, Record, register_adapter
 from pcka_distill.structures import Taps
 
-__all__ = ["RetinaNetAdapter"]
+__all__ = ["DenseAdapter"]
 
 
 @register_adapter
-class RetinaNetAdapter(Adapter):
-    """RetinaNet: sigmoid logits of every anchor, one group a level."""
+class DenseAdapter(Adapter):
+    """RetinaNet and FCOS: sigmoid logits of every anchor or location, one group a level."""
 
-    family = RetinaNet
+    family = DenseDetector
 
     def num_classes(self, model: Any) -> int:
         return int(model.num_classes)
@@ -28,7 +28,6 @@ class RetinaNetAdapter(Adapter):
     def logit_signature(self, model: Any) -> dict[str, object]:
         shapes = model.backbone.output_shape()
         return {
-            "columns": model.num_classes,
             "anchors a cell": list(model.anchor_generator.num_cell_anchors),
             "strides": [shapes[f].stride for f in model.head_in_features],
         }
@@ -55,7 +54,7 @@ class RetinaNetAdapter(Adapter):
         if "logits" in reads:
             inputs = [features[f] for f in model.head_in_features]
             # The box branch is half of the head's cost and nothing reads it.
-            if type(model.head) is RetinaNetHead:
+            if type(model.head) in (RetinaNetHead, FCOSHead):
                 logits = [model.head.cls_score(model.head.cls_subnet(x)) for x in inputs]
             else:
                 logits = model.head(inputs)[0]

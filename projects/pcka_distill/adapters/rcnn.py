@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
+import torch
 from detectron2.modeling import GeneralizedRCNN, StandardROIHeads
-from torch import nn
+from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads
+from torch import Tensor, nn
 
 from pcka_distill.adapters.base import Adapter, Record, register_adapter
 from pcka_distill.errors import UserError
@@ -15,12 +17,55 @@ from pcka_distill.structures import Taps
 __all__ = ["RCNNAdapter"]
 
 
+class _BoxHead(NamedTuple):
+    """What the box branches of all RoI heads have in common."""
+
+    in_features: list[str]
+    pooler: nn.Module
+    #: pooled regions -> what the predictor takes; one a stage
+    heads: list[Callable[[Tensor], Tensor]]
+    #: the first of its outputs are the logits; one a stage
+    predictors: list[nn.Module]
+
+    @property
+    def groups(self) -> list[str]:
+        stages = len(self.predictors)
+        return ["box"] if stages == 1 else [f"stage{k}" for k in range(stages)]
+
+
+def _box_head(model: Any) -> _BoxHead:
+    heads = model.roi_heads
+    # A subclass may compute its boxes in another way; what it adds beside them does not matter.
+    forward = getattr(type(heads), "_forward_box", None)
+    if forward is CascadeROIHeads._forward_box:
+        return _BoxHead(
+            heads.box_in_features, heads.box_pooler, list(heads.box_head), list(heads.box_predictor)
+        )
+    if forward is StandardROIHeads._forward_box:
+        return _BoxHead(
+            heads.box_in_features, heads.box_pooler, [heads.box_head], [heads.box_predictor]
+        )
+    if type(heads).forward is Res5ROIHeads.forward:
+        return _BoxHead(
+            heads.in_features,
+            heads.pooler,
+            [lambda x: heads.res5(x).mean(dim=[2, 3])],
+            [heads.box_predictor],
+        )
+    raise UserError(
+        f"the logits of {type(heads).__name__} cannot be read: of the R-CNN family those of "
+        "StandardROIHeads, CascadeROIHeads and Res5ROIHeads can; take RCKALoss out of "
+        "MODEL.DISTILL.LOSSES"
+    )
+
+
 @register_adapter
 class RCNNAdapter(Adapter):
-    """The R-CNN family; logits of Faster and Mask R-CNN with StandardROIHeads.
+    """The R-CNN family: Faster, Mask, Cascade and C4 R-CNN, PanopticFPN.
 
     The teacher scores the very boxes that the student's sampler drew: its pooler, box head and
-    predictor are run on its own features. Its proposals, masks and NMS are never computed.
+    predictor are run on its own features. Its proposals, masks and NMS are never computed. Stage
+    k of a cascade is taught by the teacher's stage k; a single head by the mean of all stages.
     """
 
     family = GeneralizedRCNN
@@ -29,25 +74,28 @@ class RCNNAdapter(Adapter):
         return getattr(model.roi_heads, "num_classes", None)
 
     def logit_signature(self, model: Any) -> dict[str, object]:
-        if type(model.roi_heads) is not StandardROIHeads:
-            raise UserError(
-                f"the logits of {type(model.roi_heads).__name__} cannot be read: of the R-CNN "
-                "family those of StandardROIHeads can; take RCKALoss out of MODEL.DISTILL.LOSSES"
-            )
-        return {"columns": model.roi_heads.num_classes + 1}
+        predictor: Any = _box_head(model).predictors[0]
+        return {"box coordinates": len(predictor.box2box_transform.weights)}
+
+    def select_classes(self, logits: Tensor, classes: list[int]) -> Tensor:
+        # The last column is the background.
+        return logits[..., [*classes, -1]]
 
     def hook_points(self, model: Any, reads: Collection[str]) -> dict[str, nn.Module]:
         points = super().hook_points(model, reads)
-        if "logits" not in reads:
-            return points
-        heads = model.roi_heads
-        return {**points, "box_pooler": heads.box_pooler, "box_predictor": heads.box_predictor}
+        if "logits" in reads:
+            head = _box_head(model)
+            points["pooler"] = head.pooler
+            points.update(zip(head.groups, head.predictors))
+        return points
 
     def collect(self, model: Any, record: Record, reads: Collection[str]) -> Taps:
         taps = super().collect(model, record, reads)
         if "logits" in reads:
-            taps.regions = list(record["box_pooler"][-1].args[1])
-            taps.logits = {"box": record["box_predictor"][-1].output[0]}
+            # The pooler is called once a stage, in their order.
+            for group, pooled in zip(_box_head(model).groups, record["pooler"]):
+                taps.regions[group] = list(pooled.args[1])
+                taps.logits[group] = record[group][-1].output[0]
         return taps
 
     def run_teacher(
@@ -60,7 +108,13 @@ class RCNNAdapter(Adapter):
         features, size = self.teacher_features(model, batched_inputs, student.padded_size)
         taps = Taps(features=features, regions=student.regions, padded_size=size)
         if "logits" in reads:
-            heads = model.roi_heads
-            pooled = heads.box_pooler([features[f] for f in heads.box_in_features], taps.regions)
-            taps.logits = {"box": heads.box_predictor(heads.box_head(pooled))[0]}
+            head = _box_head(model)
+            maps = [features[f] for f in head.in_features]
+            for group, boxes in student.regions.items():
+                pooled = head.pooler(maps, boxes)
+                stages = list(zip(head.heads, head.predictors))
+                if group in head.groups:
+                    stages = [stages[head.groups.index(group)]]
+                logits = [predictor(box_head(pooled))[0] for box_head, predictor in stages]
+                taps.logits[group] = torch.stack(logits).mean(0)
         return taps

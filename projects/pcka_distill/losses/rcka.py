@@ -16,39 +16,43 @@ from pcka_distill.structures import Taps
 __all__ = ["RCKALoss"]
 
 
-def _select(student: Taps, teacher: Taps, k: int) -> tuple[Tensor, Tensor]:
-    """Rows of logits to relate, (N, K) of each side.
+def _select(student: Taps, teacher: Taps, k: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Rows of logits to relate: suffix of the term -> (N, K) of each side.
 
     Dense groups (B, R, K): the k rows of each image that the teacher scores highest, over all
-    levels. Region groups (R, K + 1) are already a chosen set and are taken whole.
+    levels. Region groups (R, K + 1) are already a chosen set and are taken whole, each by itself.
     """
-    regions, dense = [], []
+    chosen, dense = {}, []
     for group, y in teacher.logits.items():
         x = student.logits[group]
         if y.dim() == 2:
-            regions.append((x, y))
+            chosen["" if group == "box" else f"_{group}"] = (x, y)
         elif k:
             # The best k of all levels are among the best k of each: select before concatenating,
             # and the 10^5 anchors of a COCO image are never copied.
-            best = y.amax(-1).topk(min(k, y.shape[1]), dim=1).indices[..., None]
-            dense.append((x.take_along_dim(best, 1), y.take_along_dim(best, 1)))
+            dense.append(_best(x, y, k))
         else:
             dense.append((x, y))
     if dense:
         x, y = (torch.cat(side, dim=1) for side in zip(*dense))
         if k:
-            best = y.amax(-1).topk(min(k, y.shape[1]), dim=1).indices[..., None]
-            x, y = x.take_along_dim(best, 1), y.take_along_dim(best, 1)
-        regions.append((x.flatten(0, 1), y.flatten(0, 1)))
-    x, y = (torch.cat(side) for side in zip(*regions))
-    return x, y
+            x, y = _best(x, y, k)
+        chosen[""] = (x.flatten(0, 1), y.flatten(0, 1))
+    return chosen
+
+
+def _best(x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Of x and y (B, R, K) the k rows of each image in which y has its highest logits."""
+    rows = y.amax(-1).topk(min(k, y.shape[1]), dim=1).indices[..., None]
+    return x.take_along_dim(rows, 1), y.take_along_dim(rows, 1)
 
 
 @DISTILL_LOSS_REGISTRY.register()
 class RCKALoss(DistillLoss):
     """Relation CKA on head logits (paper section 3.3), see :func:`.functional.rcka_loss`.
 
-    Two-stage heads: the rows are the student's sampled regions, which the teacher scores too.
+    Two-stage heads: the rows are the student's sampled regions, which the teacher scores too; a
+    cascade has a pair of terms for every stage.
     Dense heads: the rows are the locations that the teacher scores highest, because background
     drowns the Gram matrix of all anchors.
 
@@ -107,9 +111,8 @@ class RCKALoss(DistillLoss):
             )
 
     def forward(self, student: Taps, teacher: Taps) -> dict[str, Tensor]:
-        x, y = _select(student, teacher, self.topk_per_image)
         return {
-            f"loss_rcka_{part}": rcka_loss(
+            f"loss_rcka_{part}{suffix}": rcka_loss(
                 x,
                 y,
                 center=self.center,
@@ -117,6 +120,7 @@ class RCKALoss(DistillLoss):
                 inter_weight=self.weight * weight if part == "inter" else 0.0,
                 temperature=self.temperature,
             )
+            for suffix, (x, y) in _select(student, teacher, self.topk_per_image).items()
             for part, weight in self.part_weights.items()
             if weight > 0
         }

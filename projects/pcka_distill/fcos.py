@@ -1,0 +1,39 @@
+"""FCOS from a yaml: Detectron2 has the model, and builds it from a LazyConfig only."""
+
+from __future__ import annotations
+
+import detectron2.modeling.meta_arch.fcos as stock
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+
+__all__ = ["FCOS"]
+
+
+@META_ARCH_REGISTRY.register()
+def FCOS(cfg: CfgNode) -> stock.FCOS:
+    """Detectron2's own FCOS (Tian et al., ICCV 2019), as ``MODEL.FCOS`` describes it."""
+    node = cfg.MODEL.FCOS
+    backbone = build_backbone(cfg)
+    shapes = [backbone.output_shape()[f] for f in node.IN_FEATURES]
+    head = stock.FCOSHead(
+        input_shape=shapes,
+        conv_dims=[shapes[0].channels] * node.NUM_CONVS,
+        num_classes=node.NUM_CLASSES,
+        norm=node.NORM,
+        prior_prob=node.PRIOR_PROB,
+    )
+    return stock.FCOS(
+        backbone=backbone,
+        head=head,
+        head_in_features=list(node.IN_FEATURES),
+        num_classes=node.NUM_CLASSES,
+        center_sampling_radius=node.CENTER_SAMPLING_RADIUS,
+        focal_loss_alpha=node.FOCAL_LOSS_ALPHA,
+        focal_loss_gamma=node.FOCAL_LOSS_GAMMA,
+        test_score_thresh=node.SCORE_THRESH_TEST,
+        test_topk_candidates=node.TOPK_CANDIDATES_TEST,
+        test_nms_thresh=node.NMS_THRESH_TEST,
+        max_detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+        pixel_mean=cfg.MODEL.PIXEL_MEAN,
+        pixel_std=cfg.MODEL.PIXEL_STD,
+    )
