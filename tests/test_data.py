@@ -1,4 +1,5 @@
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -64,14 +65,26 @@ def test_a_folder_that_cannot_be_written():
 
 def test_another_root(tmp_path):
     before = MetadataCatalog.get("digits_val").json_file
+    module.register_digits()
+    assert MetadataCatalog.get("digits_val").json_file == before
     try:
-        module.register_digits(tmp_path)
+        module.register_digits(str(tmp_path))
         assert MetadataCatalog.get("digits_val").json_file.startswith(str(tmp_path))
         MetadataCatalog.get("digits_val").prepare()
         assert (tmp_path / module.FOLDER / "val.json").is_file()
     finally:
-        module.register_digits()
+        module.register_digits(str(Path(before).parents[1]))
     assert MetadataCatalog.get("digits_val").json_file == before
+
+
+def test_datasets_of_these_names_are_left_alone():
+    check = """
+from detectron2.data import DatasetCatalog
+DatasetCatalog.register("digits_train", lambda: ["mine"])
+import pcka_distill
+assert DatasetCatalog.get("digits_train") == ["mine"]
+"""
+    subprocess.run([sys.executable, "-c", check], check=True)
 
 
 def test_interrupted_rendering_leaves_nothing(small, tmp_path, monkeypatch):

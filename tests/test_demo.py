@@ -78,9 +78,8 @@ def test_a_run_of_another_config_is_kept(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds a run of another config; remove that folder"):
         bench.run(STUDENT, tmp_path, [*opts, "SEED", 1], label="student")
     assert (tmp_path / "results.json").exists()
-    # Not finished without its checkpoint.
     (tmp_path / "model_final.pth").unlink()
-    with pytest.raises(AssertionError, match="started"):
+    with pytest.raises(UserError, match=r"lost its model_final.pth; remove that folder"):
         bench.run(STUDENT, tmp_path, [*opts, "SEED", 0], label="student")
 
 

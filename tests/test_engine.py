@@ -17,7 +17,7 @@ from detectron2.modeling import build_model
 from helpers import REPO, SHIPPED, make_batch
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from pcka_distill import UserError
+from pcka_distill import UserError, get_distill_cfg
 from pcka_distill.engine import Trainer, cli, main, setup
 
 pytestmark = pytest.mark.usefixtures("digits")
@@ -67,7 +67,8 @@ def test_a_distilled_run_end_to_end(family, teacher_files, tmp_path):
 
     # Every loss by level, in JSON, in TensorBoard and on the console.
     terms = {f"loss_{n}_p{i}" for n in ("pcka", "mimic") for i in (3, 4, 5)}
-    terms |= {"loss_rcka_intra", "loss_rcka_inter", "loss_cls", "loss_box_reg"}
+    own = ("loss_fcos_cls", "loss_fcos_ctr") if family == "fcos" else ("loss_cls", "loss_box_reg")
+    terms |= {"loss_rcka_intra", "loss_rcka_inter", *own}
     assert terms <= metrics(tmp_path)
     log = (tmp_path / "log.txt").read_text()
     assert all(f"{term}: " in log for term in terms) and "eta: " in log
@@ -76,7 +77,8 @@ def test_a_distilled_run_end_to_end(family, teacher_files, tmp_path):
     assert all(term.encode() in events for term in terms)
 
     # Stock Detectron2: its own config, builder and checkpointer.
-    cfg = get_cfg()
+    # (FCOS is Detectron2's own, and so is its checkpoint; the yaml that builds it is not.)
+    cfg = get_distill_cfg() if family == "fcos" else get_cfg()
     cfg.merge_from_file(str(tmp_path / "student_config.yaml"))
     model = build_model(cfg)
     incompatible = []
@@ -218,6 +220,14 @@ BAD = {
     "no dataset": (["DATASETS.TRAIN", "[]"], "DATASETS.TRAIN is empty"),
     "iterations": (["SOLVER.MAX_ITER", 0], "SOLVER.MAX_ITER is 0; it must be positive"),
     "batch size": (["SOLVER.IMS_PER_BATCH", 0], "SOLVER.IMS_PER_BATCH is 0"),
+    "batch size to be scaled": (
+        ["SOLVER.IMS_PER_BATCH", 12, "SOLVER.REFERENCE_WORLD_SIZE", 8],
+        r"is 12; it must be a positive multiple of SOLVER.REFERENCE_WORLD_SIZE \(8\)",
+    ),
+    "level of logits": (
+        ["MODEL.DISTILL.LOSSES", "['RCKALoss']", "MODEL.DISTILL.RCKA.LEVELS", "['p9']"],
+        "RCKALoss: unknown level p9, the student's head has p3, p4, p5; change LEVELS",
+    ),
     "optimizer": (["SOLVER.OPTIMIZER", "Adam"], "unknown SOLVER.OPTIMIZER 'Adam'"),
     "student weights": (["MODEL.WEIGHTS", "no.pth"], "checkpoint not found: no.pth"),
     "pyramids": (
@@ -299,22 +309,46 @@ def my_dataset(tmp_path):
     MetadataCatalog.remove("my_set")
 
 
+def test_classes_of_the_test_set_are_checked_before_training(my_dataset, tmp_path):
+    my_dataset(json.dumps({**json.loads(EMPTY), "images": [IMAGE]}))
+    (tmp_path / "gone.png").touch()
+    args = arguments("retinanet_student", tmp_path, "DATASETS.TEST", "('my_set',)")
+    with pytest.raises(UserError, match="dataset 'my_set' has 1 classes and the model has 10"):
+        main(args)
+
+
+def test_mixed_precision_is_no_matter_of_evaluation(teacher_files, tmp_path):
+    opts = ["MODEL.WEIGHTS", teacher_files["retinanet"], "SOLVER.AMP.ENABLED", True]
+    setup(arguments("retinanet_student", tmp_path, *opts, flags=["--eval-only"]))
+
+
+IMAGE = {"id": 1, "file_name": "gone.png", "height": 9, "width": 9}
 EMPTY = json.dumps({"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]})
 
 
 @pytest.mark.parametrize("split", ["TRAIN", "TEST"])
-@pytest.mark.parametrize("content", ['{"images": [', "{}", EMPTY])
-def test_damaged_annotations(split, content, my_dataset, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"images": [', "Expecting value"),
+        ("{}", "its annotations have no 'categories'"),
+        (EMPTY, "no images|is empty"),
+    ],
+)
+def test_damaged_annotations(split, content, message, my_dataset, tmp_path):
     my_dataset(content)
-    args = arguments("retinanet_student", tmp_path, f"DATASETS.{split}", "('my_set',)")
-    with pytest.raises(UserError, match="dataset my_set cannot be used"):
+    opts = ["DATASETS.TEST", "()", f"DATASETS.{split}", "('my_set',)"]
+    args = arguments("retinanet_student", tmp_path, *opts)
+    with pytest.raises(UserError, match=f"dataset my_set cannot be used: .*({message})"):
         main(args)
 
 
-def test_images_to_evaluate_on_that_are_missing(my_dataset, tmp_path):
-    image = {"id": 1, "file_name": "gone.png", "height": 9, "width": 9}
-    my_dataset(json.dumps({**json.loads(EMPTY), "images": [image]}))
-    args = arguments("retinanet_student", tmp_path, "DATASETS.TEST", "('my_set',)")
+@pytest.mark.parametrize("split", ["TRAIN", "TEST"])
+def test_images_that_are_missing(split, my_dataset, tmp_path):
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5], "area": 25, "iscrowd": 0}
+    my_dataset(json.dumps({**json.loads(EMPTY), "images": [IMAGE], "annotations": [box]}))
+    opts = ["DATASETS.TEST", "()", f"DATASETS.{split}", "('my_set',)"]
+    args = arguments("retinanet_student", tmp_path, *opts)
     with pytest.raises(UserError, match=r"my_set cannot be used: image .*gone.png does not exist"):
         main(args)
 

@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pcka_distill import functional
-from pcka_distill.functional import LAYOUTS, linear_cka, mimic_loss, pcka_loss, rcka_loss
+from pcka_distill.functional import (
+    LAYOUTS,
+    linear_cka,
+    mimic_loss,
+    pcka_loss,
+    rcka_loss,
+)
 
 # Inputs, losses and gradients of the code that the paper's authors published, weight 10 for each
 # form. loss_ours = loss_theirs + the sum of the weights: they minimise -CKA, we 1 - CKA.
@@ -303,6 +309,13 @@ def test_pcka_of_one_patch_or_nothing(shape, patch, layout, debiased):
     loss = pcka_loss(s, t, patch_size=patch, layout=layout, inter_weight=1.0, debiased=debiased)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(s.grad).all()
+
+
+def test_debiased_pcka_of_three_patches_teaches_nothing():
+    s, t = rand(1, 2, 4, 12).requires_grad_(), rand(1, 2, 4, 12, seed=1)
+    loss = pcka_loss(s, t, patch_size=4, debiased=True)
+    loss.backward()
+    assert loss.item() == 0 and (s.grad == 0).all()
 
 
 def test_pcka_rejects_what_it_cannot_compare():

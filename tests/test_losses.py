@@ -1,3 +1,4 @@
+import ast
 import logging
 import re
 
@@ -146,14 +147,17 @@ def test_patches_that_fit():
     PCKALoss(patch_size=4, center=False).check_maps({"p3": (1, 5, 4, 8)})
 
 
-def test_the_advice_for_several_levels_fits():
-    shapes = {"p3": (2, 5, 16, 16), "p4": (2, 5, 8, 8), "p5": (2, 5, 4, 4), "p6": (2, 5, 1, 1)}
+@pytest.mark.parametrize("last", [(2, 5, 4, 4), (2, 5, 1, 1)])
+def test_the_advice_for_several_levels_fits(last):
+    """Followed to the letter it leads to no other error."""
+    shapes = {"p3": (2, 5, 16, 16), "p4": (2, 5, 8, 8), "p5": last}
     with pytest.raises(UserError) as e:
         PCKALoss(patch_size=8).check_maps(shapes)
-    sizes, levels = re.search(r"PATCH_SIZE (\[.*?\]), LEVELS (\[.*?\])$", str(e.value)).groups()
-    assert (sizes, levels) == ("[8, 4, 2]", "['p3', 'p4', 'p5']")
-    del shapes["p6"]
-    PCKALoss(patch_size=(8, 4, 2), levels=tuple(shapes)).check_maps(shapes)
+    advice = re.search(r"PATCH_SIZE (\[.*?\]) and LEVELS (\[.*?\])$", str(e.value)).groups()
+    sizes, levels = map(ast.literal_eval, advice)
+    assert sizes == ([8, 4, 2] if last[2] == 4 else [8, 4])
+    assert levels == list(shapes)[: len(sizes)]
+    PCKALoss(patch_size=sizes, levels=levels).check_maps({k: shapes[k] for k in levels})
 
 
 def test_maps_too_small_while_training_are_told_once(caplog):
@@ -162,7 +166,7 @@ def test_maps_too_small_while_training_are_told_once(caplog):
     loss = PCKALoss(patch_size=4)
     for _ in range(3):
         loss(feature_taps(0), feature_taps(1))
-    assert caplog.text.count("it teaches nothing there") == 1
+    assert caplog.text.count("that relation teaches nothing") == 1
     assert "level 'p4' (4 x 4 cells)" in caplog.text
 
 
@@ -170,15 +174,28 @@ def test_maps_too_small_while_training_are_told_once(caplog):
     ("layout", "debiased"), [("spatial", False), ("sample", False), ("sample", True)]
 )
 def test_the_cka_of_unrelated_maps_is_told(layout, debiased):
-    loss = PCKALoss(patch_size=2, layout=layout, debiased=debiased)
-    note = loss.check_maps({"p3": (2, 200, 16, 12)})["p3"]
-    patches, values, noise = re.fullmatch(
-        r"(\d+) patches of (\d+) values; unrelated maps have a CKA of (\S+)", note
+    options = {"patch_size": 2, "layout": layout, "debiased": debiased}
+    note = PCKALoss(inter_weight=1.0, **options).check_maps({"p3": (2, 200, 16, 12)})["p3"]
+    patches, values, intra, inter = re.fullmatch(
+        r"(\d+) patches of (\d+) values; CKA of unrelated maps: intra (\S+), inter (\S+)", note
     ).groups()
     assert int(patches) * int(values) == 2 * 16 * 12
     x, y = rand(2, 200, 16, 12), rand(2, 200, 16, 12, seed=1)
-    actual = 1 - pcka_loss(x, y, patch_size=2, layout=layout, debiased=debiased)
-    assert float(noise) == pytest.approx(actual.item(), abs=0.02)
+    for told, weights in ((intra, (1, 0)), (inter, (0, 1))):
+        weights = dict(zip(("intra_weight", "inter_weight"), weights))
+        actual = 1 - pcka_loss(x, y, **options, **weights)
+        # The unbiased estimator of few samples is a ratio of noisy numbers.
+        assert float(told) == pytest.approx(actual.item(), abs=0.02 if not debiased else 0.1)
+    assert "inter" not in PCKALoss(**options).check_maps({"p3": (2, 200, 16, 12)})["p3"]
+
+
+def test_rcka_reads_the_levels_it_is_given():
+    s = Taps(logits={"p3": rand(2, 30, 5), "p4": rand(2, 7, 5, seed=1)})
+    t = Taps(logits={"p3": rand(2, 30, 5, seed=2), "p4": rand(2, 7, 5, seed=3)})
+    only = RCKALoss(levels=("p4",), topk_per_image=4)(s, t)
+    alone = [Taps(logits={"p4": x.logits["p4"]}) for x in (s, t)]
+    expected = RCKALoss(topk_per_image=4)(*alone)
+    assert only == expected
 
 
 def test_classes_too_few_to_relate():
@@ -187,3 +204,5 @@ def test_classes_too_few_to_relate():
     RCKALoss(inter_weight=0.0).check_logits(1)
     with pytest.raises(UserError, match=r"have 2; set MODEL\.DISTILL\.RCKA\.INTER_WEIGHT 0"):
         RCKALoss().check_logits(2)
+    with pytest.raises(UserError, match="softmax of one class"):
+        RCKALoss(inter_weight=0.0, temperature=2.0).check_logits(1)

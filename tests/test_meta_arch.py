@@ -8,7 +8,7 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
-from detectron2.modeling import Backbone, StandardROIHeads, build_model
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, StandardROIHeads, build_model
 from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
 from helpers import FAMILIES, LEVELS, STAGES, digits_cfg, distill_cfg, make_batch
@@ -362,7 +362,7 @@ def test_the_plan_is_seen_wherever_detectron2s_log_is(caplog):
     with caplog.at_level(logging.INFO, "detectron2"):
         unequal(teacher_opts=["MODEL.FPN.OUT_CHANNELS", 32], smallest_batch=(2, 96, 96))
     assert "p3 (64 channels, stride 8) <- p3 (32 channels, stride 8): 1x1 conv" in caplog.text
-    assert "pcka on p5: 8 patches of 4 values; unrelated maps have a CKA of 0.33" in caplog.text
+    assert "pcka on p5: 8 patches of 4 values; CKA of unrelated maps: intra 0.33" in caplog.text
 
 
 def test_other_levels_and_strides(batch):
@@ -377,6 +377,36 @@ def test_other_levels_and_strides(batch):
     model = unequal(teacher_opts=late, losses=losses)
     assert [(p.student, p.teacher) for p in model.pairs.values()] == [("p3", "p4"), ("p4", "p4")]
     assert {"loss_pcka_p3", "loss_pcka_p4"} <= set(step(model, batch))
+
+
+def test_levels_that_stay_alone_are_told(caplog):
+    logging.getLogger("detectron2").propagate = True
+    early = [
+        *("MODEL.RESNETS.OUT_FEATURES", ["res3", "res4"]),
+        *("MODEL.FPN.IN_FEATURES", ["res3", "res4"]),
+        *("MODEL.RETINANET.IN_FEATURES", ["p3", "p4"]),
+        *("MODEL.ANCHOR_GENERATOR.SIZES", [[14], [26]]),
+    ]
+    with caplog.at_level(logging.INFO, "detectron2"):
+        model = unequal(teacher_opts=early)
+    assert list(model.pairs) == ["p3", "p4"]
+    assert "  p5: not used" in caplog.text
+
+
+def test_a_model_without_a_backbone_is_refused_by_name(teacher_files):
+    @META_ARCH_REGISTRY.register()
+    class Bare(nn.Module):
+        def __init__(self, cfg):
+            super().__init__()
+            self.layer = nn.Linear(1, 1)
+
+    try:
+        cfg = distill_cfg("retinanet", teacher_files["retinanet"])
+        cfg.MODEL.DISTILL.STUDENT_ARCHITECTURE = "Bare"
+        with pytest.raises(UserError, match="no adapter for Bare"):
+            build_model(cfg)
+    finally:
+        META_ARCH_REGISTRY._obj_map.pop("Bare")
 
 
 def test_two_stage_teacher_of_a_one_stage_student(batch):

@@ -77,25 +77,42 @@ def test_files_that_it_names_are_there():
         assert (REPO / path).is_file(), path
 
 
-def test_numbers_are_those_of_the_benchmark():
-    page = (REPO / "benchmarks" / "digits.md").read_text()
-    numbers = re.findall(r"\d+\.\d ± \d+\.\d", README)
-    assert len(numbers) == 4
-    teachers = re.findall(r"(\d+\.\d) \((\d+\.\d\d M)\)", README)
-    assert len(teachers) == 2
-    for cell in (*numbers, *(f"teacher ({size}), seed 0 | {ap}" for ap, size in teachers)):
-        assert f"| {cell} |" in page
+def benchmark():
+    """benchmarks/digits.jsonl: (family, method) -> test AP by seed."""
+    aps = {}
+    for line in (REPO / "benchmarks" / "digits.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        ap = row["results"]["digits_test"]["bbox"]["AP"]
+        aps.setdefault((row["family"], row["method"]), []).append(ap)
+    return aps
+
+
+def spread(values):
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("retinanet", "RetinaNet"), ("faster_rcnn", "Faster R-CNN")]
+)
+def test_numbers_are_those_of_the_benchmark(family, name):
+    aps = benchmark()
+    row = re.search(rf"^\| {name}, .*\|$", README, re.M)[0]
+    alone, taught, teacher = re.findall(r"\d+\.\d(?: ± \d+\.\d)?(?=\*\*| \||  ?\()", row)[-3:]
+    assert alone == spread(aps[family, "student"])
+    assert taught == spread(aps[family, "pcka"])
+    assert teacher == f"{aps[family, 'teacher'][0]:.1f}"
 
 
 def test_the_benchmarks_page_is_that_of_its_raw_figures():
     page = (REPO / "benchmarks" / "digits.md").read_text()
-    rows = {}
-    for line in (REPO / "benchmarks" / "digits.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        ap = row["results"]["digits_test"]["bbox"]["AP"]
-        rows.setdefault((row["family"], row["method"]), []).append(ap)
-    assert len(rows) == 8
-    for (_, method), values in rows.items():
-        if method != "teacher":
+    for (family, method), values in benchmark().items():
+        title = {"retinanet": "RetinaNet", "faster_rcnn": "Faster R-CNN"}[family]
+        label = {"student": "plain", "pcka": "PCKA", "pcka_mimic": "PCKA + mimic"}.get(method)
+        section = page.split(f"## {title}\n")[1].split("\n## ")[0]
+        by_seed = " / ".join(f"{v:.1f}" for v in values)
+        if label:
             assert len(values) == 3
-            assert f"| {statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} |" in page
+            row = re.search(rf"^\| {re.escape(label)} \(.*$", section, re.M)[0]
+            assert f"| {spread(values)} |" in row and f"| {by_seed} |" in row
+        else:
+            assert f"| {by_seed} |  | {by_seed} |" in section

@@ -115,7 +115,11 @@ def run(
                 f"{folder} holds a run of {'another config' if other else 'an earlier teacher'}; "
                 "remove that folder to make it again, or choose another output folder"
             )
-    if not (results.exists() and (folder / "model_final.pth").exists()):
+    if results.exists() and not (folder / "model_final.pth").exists():
+        raise UserError(
+            f"{folder} has lost its model_final.pth; remove that folder to make it again"
+        )
+    if not results.exists():
         folder.mkdir(parents=True, exist_ok=True)
         environment = dict(os.environ)
         if threads is not None:

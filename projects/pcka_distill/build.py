@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.config.compat import guess_version
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
@@ -80,8 +81,8 @@ def merge_config(cfg: CfgNode, path: str, opts: list[Any], what: str) -> None:
     """Merge a config file and command-line overrides.
 
     More forgiving than Detectron2's own: 5 is as good as 5.0, p3 as [p3], and on the command line
-    [p3, p4] as ['p3', 'p4']. A teacher's config that is not found from the current folder is
-    looked for beside the file, as ``_BASE_`` is.
+    [p3, p4] as ['p3', 'p4']. A teacher's config that is found nowhere else is looked for beside
+    the file.
 
     Raises:
         UserError: the file is not there or is no yaml, or a key or a value does not fit.
@@ -90,9 +91,15 @@ def merge_config(cfg: CfgNode, path: str, opts: list[Any], what: str) -> None:
         raise UserError(f"{what} not found: {path}")
     if path:
         with _config_errors(cfg, f"{what} {path} cannot be used"):
-            loaded = cfg.load_yaml_with_base(path, allow_unsafe=True)
-            if loaded.get("VERSION", cfg.VERSION) == cfg.VERSION:
-                cfg.merge_from_other_cfg(CfgNode(_fit(loaded, cfg)))
+            try:
+                loaded = dict(cfg.load_yaml_with_base(path, allow_unsafe=True))
+            except (TypeError, ValueError) as e:
+                # Empty, a list, a word.
+                raise TypeError("it holds no keys") from e
+            fitted = CfgNode(_fit(loaded, cfg))
+            version = fitted.get("VERSION") or guess_version(fitted, path)
+            if version == cfg.VERSION:
+                cfg.merge_from_other_cfg(fitted)
             else:
                 # Of another version of Detectron2's keys: it converts them.
                 cfg.merge_from_file(path)
@@ -102,10 +109,10 @@ def merge_config(cfg: CfgNode, path: str, opts: list[Any], what: str) -> None:
         # Of an odd number the last is a key without a value: let yacs say so.
         pairs = [x for pair in zip(opts[::2], values) for x in pair]
         cfg.merge_from_list(pairs + list(opts[len(pairs) :]))
-    teacher = cfg.MODEL.DISTILL.TEACHER
-    beside = Path(path).parent / teacher.CONFIG_FILE
-    if teacher.CONFIG_FILE and not os.path.isfile(teacher.CONFIG_FILE) and beside.is_file():
-        teacher.CONFIG_FILE = str(beside)
+    name = cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE
+    beside = Path(path).parent / name
+    if name and beside.is_file() and _find_config(name) is None:
+        cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = str(beside)
 
 
 def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -125,6 +132,8 @@ def _fit(value: Any, default: Any) -> Any:
         return float(decoded) if type(decoded) is int else value
     if isinstance(default, (list, tuple)):
         decoded = CfgNode._decode_cfg_value(value)
+        if decoded is None:
+            return None
         if isinstance(decoded, str) and decoded.startswith("["):
             # [p3, p4], of which the quotes were eaten by a shell or never typed.
             decoded = yaml.safe_load(decoded)
@@ -184,13 +193,8 @@ def build_registered(cfg: CfgNode, what: str) -> nn.Module:
     return model
 
 
-def _teacher_config_file(name: str) -> tuple[str, str]:
+def _find_config(name: str) -> tuple[str, str] | None:
     """Resolve a path or a model-zoo name to (path, zoo name or "")."""
-    if not name:
-        raise UserError(
-            "the teacher has no config; set MODEL.DISTILL.TEACHER.CONFIG_FILE to a path or to a "
-            "name in Detectron2's model zoo"
-        )
     # A path in a shipped config is relative to the repository, wherever one stands.
     for candidate in (Path(name), Path(__file__).parents[2] / name):
         if candidate.is_file():
@@ -201,11 +205,8 @@ def _teacher_config_file(name: str) -> tuple[str, str]:
 
     try:
         return model_zoo.get_config_file(name), name
-    except RuntimeError as e:
-        raise UserError(
-            f"teacher config {name!r} is neither a file (seen from {os.getcwd()}) nor a name in "
-            "Detectron2's model zoo; change MODEL.DISTILL.TEACHER.CONFIG_FILE"
-        ) from e
+    except RuntimeError:
+        return None
 
 
 def build_teacher(cfg: CfgNode) -> FrozenTeacher:
@@ -214,7 +215,18 @@ def build_teacher(cfg: CfgNode) -> FrozenTeacher:
     It lives on ``MODEL.DEVICE``, whatever its own config says.
     """
     node = cfg.MODEL.DISTILL.TEACHER
-    path, zoo_name = _teacher_config_file(node.CONFIG_FILE)
+    if not node.CONFIG_FILE:
+        raise UserError(
+            "the teacher has no config; set MODEL.DISTILL.TEACHER.CONFIG_FILE to a path or to a "
+            "name in Detectron2's model zoo"
+        )
+    found = _find_config(node.CONFIG_FILE)
+    if found is None:
+        raise UserError(
+            f"teacher config {node.CONFIG_FILE!r} is neither a file (seen from {os.getcwd()}) nor "
+            "a name in Detectron2's model zoo; change MODEL.DISTILL.TEACHER.CONFIG_FILE"
+        )
+    path, zoo_name = found
     teacher_cfg = get_distill_cfg()
     merge_config(teacher_cfg, path, node.OPTS, "teacher config")
     # A student that was distilled before can be a teacher now.

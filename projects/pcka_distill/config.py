@@ -58,6 +58,8 @@ def add_pcka_distill_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.RCKA = CN()
     cfg.MODEL.DISTILL.RCKA.WEIGHT = 1.0
     cfg.MODEL.DISTILL.RCKA.WARMUP_ITERS = 0
+    # Of a dense head; a box head has none.
+    cfg.MODEL.DISTILL.RCKA.LEVELS = ()
     # Dense heads: rows an image, the teacher's best-scored; 0 for all. Box heads: not used.
     cfg.MODEL.DISTILL.RCKA.TOPK_PER_IMAGE = 50
     cfg.MODEL.DISTILL.RCKA.CENTER = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import json
 import logging
 import math
@@ -11,13 +12,18 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import (
+    DatasetCatalog,
+    MetadataCatalog,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.engine import (
     DefaultTrainer,
     HookBase,
@@ -129,7 +135,7 @@ class Trainer(DefaultTrainer):
         # The base class builds its hooks in its constructor.
         self.stopwatch = Stopwatch()
         super().__init__(cfg)
-        _check_classes(cfg.DATASETS.TRAIN, self.model)
+        _check_classes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], self.model)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -139,12 +145,19 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        try:
-            return super().build_train_loader(cfg)
-        except (AssertionError, ValueError, KeyError) as e:
-            # Of annotation files that are damaged, empty or no COCO json.
-            names = ", ".join(cfg.DATASETS.TRAIN)
-            raise UserError(f"dataset {names} cannot be used: {reason(e)}") from e
+        # As Detectron2 makes it, with a look at the records in between.
+        keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+        proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN
+        records = _records(
+            cfg.DATASETS.TRAIN,
+            lambda: get_detection_dataset_dicts(
+                cfg.DATASETS.TRAIN,
+                filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+                min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
+                proposal_files=proposals if cfg.MODEL.LOAD_PROPOSALS else None,
+            ),
+        )
+        return build_detection_train_loader(cfg, dataset=records)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -191,6 +204,32 @@ class Trainer(DefaultTrainer):
             self.start_iter = self.iter + 1
 
 
+def _records(
+    names: Sequence[str], load: Callable[[], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Load datasets, and look for a few of their images.
+
+    Raises:
+        UserError: annotations that are damaged, empty or no COCO json, images that are missing.
+    """
+    what = f"dataset {', '.join(names)} cannot be used"
+    try:
+        records = load()
+    except UserError:
+        raise
+    except KeyError as e:
+        raise UserError(f"{what}: its annotations have no {e}") from e
+    except (AssertionError, ValueError) as e:
+        raise UserError(f"{what}: {reason(e)}") from e
+    if not records:
+        raise UserError(f"{what}: it has no images")
+    for record in records[:: max(1, len(records) // 16)]:
+        path = record.get("file_name", "")
+        if path and "://" not in path and not os.path.isfile(path):
+            raise UserError(f"{what}: image {path} does not exist")
+    return records
+
+
 def _evaluator_type(dataset: str) -> str:
     kind = MetadataCatalog.get(dataset).get("evaluator_type")
     if kind not in ("coco", "lvis", "pascal_voc"):
@@ -221,7 +260,7 @@ def _check_classes(datasets: Sequence[str], model: nn.Module) -> None:
         if None not in (classes, count) and len(classes) != count:
             raise UserError(
                 f"dataset {name!r} has {len(classes)} classes and the model has {count}; set "
-                f"MODEL.RETINANET.NUM_CLASSES or MODEL.ROI_HEADS.NUM_CLASSES to {len(classes)}"
+                f"NUM_CLASSES of MODEL.RETINANET, FCOS or ROI_HEADS to {len(classes)}"
             )
 
 
@@ -252,15 +291,15 @@ def _check(cfg: CfgNode, args: argparse.Namespace) -> None:
     """What can be known to fail before anything is built."""
     processes = max(1, args.num_gpus) * args.num_machines
     batch = cfg.SOLVER.IMS_PER_BATCH
-    if cfg.SOLVER.REFERENCE_WORLD_SIZE:
-        # Detectron2 scales it to the number of processes.
-        batch = batch * processes // cfg.SOLVER.REFERENCE_WORLD_SIZE
-    if not args.eval_only and (batch < 1 or batch % processes):
+    # Detectron2 scales the batch from the reference number of processes to the actual one.
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE or processes
+    if not args.eval_only and (batch < 1 or batch % reference):
+        name = "SOLVER.REFERENCE_WORLD_SIZE" if cfg.SOLVER.REFERENCE_WORLD_SIZE else "processes"
         raise UserError(
-            f"SOLVER.IMS_PER_BATCH is {batch}; it must be a positive multiple of the number of "
-            f"processes ({processes})"
+            f"SOLVER.IMS_PER_BATCH is {batch}; it must be a positive multiple of {name} "
+            f"({reference})"
         )
-    if cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda"):
+    if not args.eval_only and cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda"):
         raise UserError("SOLVER.AMP.ENABLED needs a CUDA device; set it False")
     if not args.eval_only and cfg.SOLVER.MAX_ITER < 1:
         raise UserError(f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}; it must be positive")
@@ -307,8 +346,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         logger.warning("No CUDA device here: MODEL.DEVICE is set to cpu")
     if not (args.resume or args.eval_only) and os.path.exists(last):
         logger.warning(
-            f"{cfg.OUTPUT_DIR} holds an earlier run, whose files this one replaces (--resume would "
-            "go on with it)"
+            f"{cfg.OUTPUT_DIR} holds an earlier run: this one writes over its checkpoints and adds "
+            "to its logs (--resume would go on with it)"
         )
     kind = cfg.MODEL.META_ARCHITECTURE
     if cfg.MODEL.DISTILL.LOSSES and kind != "DistillationModel":
@@ -319,6 +358,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         # What stock Detectron2 needs, beside a checkpoint, to run the student.
         stock = student_config(cfg)
         del stock.MODEL["DISTILL"], stock.SOLVER["OPTIMIZER"]
+        if stock.MODEL.META_ARCHITECTURE != "FCOS":
+            del stock.MODEL["FCOS"]
         with open(os.path.join(cfg.OUTPUT_DIR, "student_config.yaml"), "w") as f:
             f.write(stock.dump())
     return cfg
@@ -358,17 +399,8 @@ def main(args: argparse.Namespace) -> Any:
     cfg = setup(args)
     for name in cfg.DATASETS.TEST:
         _evaluator_type(name)
-        try:
-            records = DatasetCatalog.get(name)
-        except (AssertionError, ValueError, KeyError) as e:
-            raise UserError(f"dataset {name} cannot be used: {reason(e)}") from e
-        if not records:
-            raise UserError(f"dataset {name} cannot be used: it has no images")
-        # A few of them: what is missing here is missed only after all of the training.
-        for record in records[:: max(1, len(records) // 16)]:
-            path = record.get("file_name", "")
-            if path and "://" not in path and not os.path.isfile(path):
-                raise UserError(f"dataset {name} cannot be used: image {path} does not exist")
+        # What is missing there would be missed only after all of the training.
+        _records([name], functools.partial(DatasetCatalog.get, name))
     if args.eval_only:
         # The student alone: no teacher is built or needed.
         model = build_student(cfg)

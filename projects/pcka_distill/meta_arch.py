@@ -161,6 +161,9 @@ class DistillationModel(nn.Module):
                 }
                 for level, note in loss.check_maps(shapes).items():
                     notes.append(f"  {loss.name} on {level}: {note}")
+        alone = [level for level in mine if level not in self.pairs]
+        if alone:
+            notes.insert(0, f"  {', '.join(alone)}: not used")
         logger.info("\n".join(["Distillation, student <- teacher:", describe(self.pairs), *notes]))
 
     def _pair_logits(self, frozen: FrozenTeacher, classes: Sequence[str] | None) -> None:
@@ -174,8 +177,11 @@ class DistillationModel(nn.Module):
                 f"{readers} compares logits, and those of {names[0]} (student) and {names[1]} "
                 "(teacher) have nothing in common; take it out of MODEL.DISTILL.LOSSES"
             )
-        mine = self._student_adapter.logit_signature(self.student)
-        theirs = self._teacher_adapter.logit_signature(teacher)
+        try:
+            mine = self._student_adapter.logit_signature(self.student)
+            theirs = self._teacher_adapter.logit_signature(teacher)
+        except UserError as e:
+            raise UserError(f"{e}; take {readers} out of MODEL.DISTILL.LOSSES") from e
         if mine != theirs:
             differ = ", ".join(
                 f"{key} {mine[key]} (student) != {theirs[key]} (teacher)"
@@ -196,8 +202,15 @@ class DistillationModel(nn.Module):
         self._classes = _pair_classes(classes, frozen.classes, counts, readers)
         shared = self._classes[0] if self._classes else list(range(counts[0] or 0))
         columns = self._student_adapter.select_classes(torch.zeros(1, (counts[0] or 0) + 1), shared)
+        groups = self._student_adapter.logit_groups(self.student)
         for loss in losses:
             loss.check_logits(columns.shape[1])
+            unknown = ", ".join(x for x in loss.levels if x not in groups)
+            if unknown:
+                raise UserError(
+                    f"{type(loss).__name__}: unknown level {unknown}, the student's head has "
+                    f"{', '.join(groups)}; change LEVELS"
+                )
 
     @property
     def losses(self) -> list[DistillLoss]:
@@ -315,6 +328,7 @@ def _smallest_batch(cfg: CfgNode, student: Any) -> tuple[int, int, int] | None:
     """
     if not min(cfg.INPUT.MIN_SIZE_TRAIN, default=0):
         return None
-    divisor = max(student.backbone.size_divisibility, 1)
+    backbone = getattr(student, "backbone", None)
+    divisor = max(getattr(backbone, "size_divisibility", 0), 1)
     side = -(-min(cfg.INPUT.MIN_SIZE_TRAIN) // divisor) * divisor
     return max(1, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()), side, side

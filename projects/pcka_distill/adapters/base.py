@@ -48,6 +48,10 @@ class Adapter:
         """
         raise NotImplementedError
 
+    def logit_groups(self, model: Any) -> list[str]:
+        """The groups of logits that :meth:`collect` gives."""
+        raise NotImplementedError
+
     def select_classes(self, logits: Tensor, classes: list[int]) -> Tensor:
         """The columns of some foreground classes, with whatever belongs to every class set."""
         return logits[..., classes]

@@ -32,6 +32,9 @@ class DenseAdapter(Adapter):
             "strides": [shapes[f].stride for f in model.head_in_features],
         }
 
+    def logit_groups(self, model: Any) -> list[str]:
+        return list(model.head_in_features)
+
     def hook_points(self, model: Any, reads: Collection[str]) -> dict[str, nn.Module]:
         points = super().hook_points(model, reads)
         return {**points, "head": model.head} if "logits" in reads else points

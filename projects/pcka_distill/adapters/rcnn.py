@@ -54,8 +54,7 @@ def _box_head(model: Any) -> _BoxHead:
         )
     raise UserError(
         f"the logits of {type(heads).__name__} cannot be read: of the R-CNN family those of "
-        "StandardROIHeads, CascadeROIHeads and Res5ROIHeads can; take RCKALoss out of "
-        "MODEL.DISTILL.LOSSES"
+        "StandardROIHeads, CascadeROIHeads and Res5ROIHeads can"
     )
 
 
@@ -76,6 +75,9 @@ class RCNNAdapter(Adapter):
     def logit_signature(self, model: Any) -> dict[str, object]:
         predictor: Any = _box_head(model).predictors[0]
         return {"box coordinates": len(predictor.box2box_transform.weights)}
+
+    def logit_groups(self, model: Any) -> list[str]:
+        return _box_head(model).groups
 
     def select_classes(self, logits: Tensor, classes: list[int]) -> Tensor:
         # The last column is the background.

@@ -106,23 +106,25 @@ def _load(split: str, name: str, root: str) -> list[dict[str, Any]]:
 def register_digits(root: str = "") -> None:
     """Register ``digits_{train,val,test}``; nothing is rendered until one is read.
 
-    Importing the package has done it with the default; another root replaces that.
+    Importing the package does it once, and leaves datasets of these names alone.
 
     Args:
-        root: the folder that holds ``pcka_digits/``; by default ``$DETECTRON2_DATASETS``, or
-            ``datasets`` as everywhere in Detectron2.
+        root: the folder that holds ``pcka_digits/``, instead of what is registered; by default
+            ``$DETECTRON2_DATASETS``, or ``datasets`` as everywhere in Detectron2.
     """
-    root = os.path.expanduser(root or os.environ.get("DETECTRON2_DATASETS", "datasets"))
+    folder = os.path.expanduser(root or os.environ.get("DETECTRON2_DATASETS", "datasets"))
     for split in SPLITS:
         name = f"digits_{split}"
         if name in DatasetCatalog:
+            if not root:
+                continue
             DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
-        DatasetCatalog.register(name, lambda s=split, n=name: _load(s, n, root))
+            MetadataCatalog.pop(name, None)
+        DatasetCatalog.register(name, lambda s=split, n=name: _load(s, n, folder))
         MetadataCatalog.get(name).set(
-            json_file=os.path.join(root, FOLDER, f"{split}.json"),
-            image_root=os.path.join(root, FOLDER, split),
+            json_file=os.path.join(folder, FOLDER, f"{split}.json"),
+            image_root=os.path.join(folder, FOLDER, split),
             evaluator_type="coco",
-            prepare=functools.partial(ensure_digits, root),
+            prepare=functools.partial(ensure_digits, folder),
             thing_classes=CLASSES,
         )

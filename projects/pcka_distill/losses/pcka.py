@@ -92,10 +92,8 @@ class PCKALoss(FeatureLoss):
             return self._patch_sizes[0]
         return self._patch_sizes[self.levels.index(level)]
 
-    def _problem(self, shape: tuple[int, int, int, int], p: int) -> str:
-        """Why patches of p leave nothing to compare on maps of a shape (B, C, H, W), or ""."""
-        if p > min(shape[-2:]):
-            return f"a patch of {p} is larger than"
+    def _too_few(self, shape: tuple[int, int, int, int], p: int) -> str:
+        """Which relation between patches of p has nothing to say on (B, C, H, W), or ""."""
         _, patches, values = patch_counts(shape, p, self.options["layout"])
         least = 4 if self.options["debiased"] else 3 if self.options["center"] else 2
         for part, samples in (("intra", patches), ("inter", values)):
@@ -106,39 +104,55 @@ class PCKALoss(FeatureLoss):
                 )
         return ""
 
+    def _unfit(self, shape: tuple[int, int, int, int], p: int) -> str:
+        """Why patches of p are refused on maps of a shape (B, C, H, W), or ""."""
+        if p > min(shape[-2:]):
+            return f"a patch of {p} is larger than"
+        return self._too_few(shape, p)
+
     def check_maps(self, shapes: Mapping[str, tuple[int, int, int, int]]) -> dict[str, str]:
-        notes, fitting = {}, []
+        notes: dict[str, str] = {}
+        fitting: dict[str, int] = {}
         problem = ""
         for level, shape in shapes.items():
             p = self.patch_size(level)
-            found = self._problem(shape, p)
-            if found and not problem:
+            unfit = self._unfit(shape, p)
+            if unfit and not problem:
                 cells = f"{shape[2]} x {shape[3]} cells at the smallest training size"
-                problem = f"{found} level {level!r} ({cells})"
-            halves = (p >> i for i in range(p.bit_length()))
-            fitting.append(next((q for q in halves if not self._problem(shape, q)), None))
-            _, patches, values = patch_counts(shape, p, self.options["layout"])
-            # The expectation for Gaussian noise. Near 1 the loss has little left to say.
-            noise = 0.0 if self.options["debiased"] else values / (values + patches)
-            notes[level] = (
-                f"{patches} patches of {values} values; unrelated maps have a CKA of {noise:.2f}"
-            )
+                problem = f"{unfit} level {level!r} ({cells})"
+            for q in (p >> i for i in range(p.bit_length())):
+                if not self._unfit(shape, q):
+                    fitting[level] = q
+                    break
+            notes[level] = self._note(shape, p)
         if problem:
-            sizes = [q for q in fitting if q]
-            kept = [level for level, q in zip(shapes, fitting) if q]
-            advice = f"set MODEL.DISTILL.PCKA.PATCH_SIZE {sizes}" if sizes else "no size fits"
-            if len(kept) < len(fitting):
-                advice += f", LEVELS {kept}" if kept else ": change the relations or the levels"
+            sizes = list(fitting.values())
+            advice = "no size fits: change the relations or the levels"
+            if len(fitting) == len(shapes) and len(set(sizes)) == 1:
+                advice = f"set MODEL.DISTILL.PCKA.PATCH_SIZE [{sizes[0]}]"
+            elif fitting:
+                advice = f"set MODEL.DISTILL.PCKA.PATCH_SIZE {sizes} and LEVELS {list(fitting)}"
             raise UserError(f"PCKALoss: {problem}; {advice}")
         return notes
+
+    def _note(self, shape: tuple[int, int, int, int], p: int) -> str:
+        """The CKA of unrelated maps: near 1 the loss has little left to say."""
+        _, patches, values = patch_counts(shape, p, self.options["layout"])
+        expected = []
+        for part, n, features in (("intra", patches, values), ("inter", values, patches)):
+            if self.options[f"{part}_weight"]:
+                # The expectation for Gaussian noise.
+                noise = 0.0 if self.options["debiased"] else features / (features + n)
+                expected.append(f"{part} {noise:.2f}")
+        return f"{patches} patches of {values} values; CKA of unrelated maps: {', '.join(expected)}"
 
     def compare(self, level: str, student: Tensor, teacher: Tensor) -> Tensor:
         p = self.patch_size(level)
         b, c, h, w = student.shape
-        if level not in self._warned and self._problem((b, c, h, w), p):
+        if level not in self._warned and (few := self._too_few((b, c, h, w), p)):
             self._warned.add(level)
             logger.warning(
-                f"PCKALoss: {self._problem((b, c, h, w), p)} level {level!r} ({h} x {w} cells): "
-                "it teaches nothing there on such images (said once)"
+                f"PCKALoss: {few} level {level!r} ({h} x {w} cells): that relation teaches nothing "
+                "on such images (said once)"
             )
         return pcka_loss(student, teacher, patch_size=p, **self.options)

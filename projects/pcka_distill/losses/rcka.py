@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from pcka_distill.structures import Taps
 __all__ = ["RCKALoss"]
 
 
-def _select(student: Taps, teacher: Taps, k: int) -> dict[str, tuple[Tensor, Tensor]]:
+def _select(
+    student: Taps, teacher: Taps, levels: Sequence[str], k: int
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Rows of logits to relate: suffix of the term -> (N, K) of each side.
 
     Dense groups (B, R, K): the k rows of each image that the teacher scores highest, over all
@@ -24,6 +27,8 @@ def _select(student: Taps, teacher: Taps, k: int) -> dict[str, tuple[Tensor, Ten
     """
     chosen, dense = {}, []
     for group, y in teacher.logits.items():
+        if levels and group not in levels:
+            continue
         x = student.logits[group]
         if y.dim() == 2:
             chosen["" if group == "box" else f"_{group}"] = (x, y)
@@ -57,6 +62,7 @@ class RCKALoss(DistillLoss):
     drowns the Gram matrix of all anchors.
 
     Args:
+        levels: feature levels of a dense head whose logits are read, empty for all.
         topk_per_image: rows kept for each image of a dense head; 0 keeps all.
         center, intra_weight, inter_weight: see :func:`.functional.rcka_loss`.
         temperature: see :func:`.functional.rcka_loss`; 0 or None relates the logits themselves.
@@ -72,6 +78,7 @@ class RCKALoss(DistillLoss):
     def __init__(
         self,
         *,
+        levels: Sequence[str] = (),
         topk_per_image: int = 50,
         center: bool = True,
         intra_weight: float = 1.0,
@@ -84,6 +91,7 @@ class RCKALoss(DistillLoss):
         check_relation_weights(self, intra_weight, inter_weight)
         if topk_per_image < 0 or (temperature or 0) < 0:
             raise UserError("RCKALoss: TOPK_PER_IMAGE and TEMPERATURE must not be negative")
+        self.levels = tuple(levels)
         self.topk_per_image = topk_per_image
         self.center = center
         self.part_weights = {"intra": float(intra_weight), "inter": float(inter_weight)}
@@ -93,6 +101,7 @@ class RCKALoss(DistillLoss):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         node = cfg.MODEL.DISTILL.RCKA
         return {
+            "levels": node.LEVELS,
             "topk_per_image": node.TOPK_PER_IMAGE,
             "center": node.CENTER,
             "intra_weight": node.INTRA_WEIGHT,
@@ -103,6 +112,11 @@ class RCKALoss(DistillLoss):
         }
 
     def check_logits(self, columns: int) -> None:
+        if self.temperature and columns < 2:
+            raise UserError(
+                "RCKALoss: the softmax of one class is constant; set "
+                "MODEL.DISTILL.RCKA.TEMPERATURE 0"
+            )
         least = 3 if self.center else 2
         if self.part_weights["inter"] and columns < least:
             raise UserError(
@@ -111,6 +125,7 @@ class RCKALoss(DistillLoss):
             )
 
     def forward(self, student: Taps, teacher: Taps) -> dict[str, Tensor]:
+        rows = _select(student, teacher, self.levels, self.topk_per_image)
         return {
             f"loss_rcka_{part}{suffix}": rcka_loss(
                 x,
@@ -120,7 +135,7 @@ class RCKALoss(DistillLoss):
                 inter_weight=self.weight * weight if part == "inter" else 0.0,
                 temperature=self.temperature,
             )
-            for suffix, (x, y) in _select(student, teacher, self.topk_per_image).items()
+            for suffix, (x, y) in rows.items()
             for part, weight in self.part_weights.items()
             if weight > 0
         }
