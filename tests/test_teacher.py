@@ -7,8 +7,10 @@ from urllib.error import URLError
 import pytest
 import torch
 from detectron2.config import CfgNode as CN
+from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import build_model
-from helpers import REPO, digits_cfg, distill_cfg
+from detectron2.utils.events import EventStorage
+from helpers import REPO, digits_cfg, distill_cfg, make_batch
 
 from pcka_distill import (
     FrozenTeacher,
@@ -187,6 +189,51 @@ def test_keys_of_another_project(teacher_files, tmp_path, monkeypatch):
     register_config(add_keys)
     assert get_distill_cfg().MODEL.THEIRS.DEPTH == 3
     build_teacher(cfg)
+
+
+def lazy_teacher(name, tmp_path, *opts):
+    """A distillation of the digits student of FCOS by a teacher that is a LazyConfig."""
+    path = REPO / "tests" / "configs" / f"{name}.py"
+    torch.manual_seed(0)
+    state = instantiate(LazyConfig.load(str(path)).model).state_dict()
+    torch.save({"model": state}, tmp_path / "teacher.pth")
+    cfg = distill_cfg(
+        "fcos", str(tmp_path / "teacher.pth"), "MODEL.DISTILL.TEACHER.CONFIG_FILE", str(path), *opts
+    )
+    return cfg, state
+
+
+@pytest.mark.parametrize("name", ["vitdet", "swin", "regnet"])
+def test_lazy_configs(name, tmp_path):
+    losses = ["PCKALoss", "MimicLoss", "RCKALoss"]
+    cfg, state = lazy_teacher(name, tmp_path, "MODEL.DISTILL.LOSSES", losses)
+    model = build_model(cfg)
+    assert all(torch.equal(v, state[k]) for k, v in model.teacher.model.state_dict().items())
+    assert model.teacher.input_format == "RGB"
+    assert model.teacher.classes == [str(i) for i in range(10)]
+    with EventStorage(0):
+        # Of another size than the square that a ViT wants.
+        out = model(make_batch(sizes=((96, 64), (80, 96))))
+    terms = ("loss_pcka_p3", "loss_mimic_p5", "loss_rcka_intra")
+    assert all(torch.isfinite(out[k]) and out[k] > 0 for k in terms)
+    assert "1x1 conv 64 -> 48 on the student" in str(model.pairs["p3"])
+
+
+def test_overrides_of_a_lazy_config(tmp_path):
+    cfg, _ = lazy_teacher("regnet", tmp_path)
+    cfg.MODEL.DISTILL.TEACHER.OPTS = ["model.test_score_thresh", 0.75]
+    assert build_teacher(cfg).model.test_score_thresh == 0.75
+    cfg.MODEL.DISTILL.TEACHER.OPTS = ["model.backbone.out_channels", 32]
+    with pytest.raises(UserError, match="another shape"):
+        build_teacher(cfg)
+
+
+@pytest.mark.parametrize("source", ["model = 1 / 0", "x = 3"])
+def test_lazy_configs_that_cannot_be_used(source, tmp_path):
+    (tmp_path / "bad.py").write_text(source)
+    opts = ["MODEL.DISTILL.TEACHER.CONFIG_FILE", str(tmp_path / "bad.py")]
+    with pytest.raises(UserError, match=r"bad.py cannot be used: (division|it defines)"):
+        build_teacher(distill_cfg("fcos", "", *opts))
 
 
 def test_a_zoo_name_brings_its_own_weights(teacher_files, monkeypatch):

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.config.compat import guess_version
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from omegaconf import OmegaConf
 from torch import nn
 
 from pcka_distill.config import add_pcka_distill_config
@@ -209,6 +211,52 @@ def _find_config(name: str) -> tuple[str, str] | None:
         return None
 
 
+class _TeacherPlan(NamedTuple):
+    """What a config file says of a teacher."""
+
+    build: Callable[[], nn.Module]
+    #: channel order of its images; None if the config does not say
+    input_format: str | None
+    #: what it was trained on
+    datasets: list[str]
+
+
+def _read_yaml_teacher(path: str, opts: list[Any], device: str) -> _TeacherPlan:
+    cfg = get_distill_cfg()
+    merge_config(cfg, path, opts, "teacher config")
+    # A student that was distilled before can be a teacher now.
+    cfg = student_config(cfg)
+    cfg.MODEL.DEVICE = device
+    return _TeacherPlan(
+        functools.partial(build_registered, cfg, "the teacher"),
+        cfg.INPUT.FORMAT,
+        list(cfg.DATASETS.TRAIN),
+    )
+
+
+def _read_lazy_teacher(path: str, opts: list[Any], device: str) -> _TeacherPlan:
+    """Of a LazyConfig: ViTDet, Swin, RegNet and FCOS have no yaml in Detectron2."""
+    try:
+        cfg = LazyConfig.load(path)
+        overrides = [f"{key}={value}" for key, value in zip(opts[::2], opts[1::2])]
+        cfg = LazyConfig.apply_overrides(cfg, overrides)
+        if "model" not in cfg:
+            raise KeyError("it defines no model")
+    except Exception as e:
+        # The file is a program: anything can go wrong in it.
+        raise UserError(f"teacher config {path} cannot be used: {reason(e)}") from e
+
+    def first(*keys: str) -> Any:
+        return next((x for x in (OmegaConf.select(cfg, k) for k in keys) if x is not None), None)
+
+    datasets = first("dataloader.train.dataset.names") or []
+    return _TeacherPlan(
+        lambda: instantiate(cfg.model).to(device),
+        first("model.input_format", "dataloader.train.mapper.image_format"),
+        [datasets] if isinstance(datasets, str) else list(datasets),
+    )
+
+
 def build_teacher(cfg: CfgNode) -> FrozenTeacher:
     """The teacher of ``MODEL.DISTILL.TEACHER``, with all of its weights loaded.
 
@@ -227,11 +275,8 @@ def build_teacher(cfg: CfgNode) -> FrozenTeacher:
             "a name in Detectron2's model zoo; change MODEL.DISTILL.TEACHER.CONFIG_FILE"
         )
     path, zoo_name = found
-    teacher_cfg = get_distill_cfg()
-    merge_config(teacher_cfg, path, node.OPTS, "teacher config")
-    # A student that was distilled before can be a teacher now.
-    teacher_cfg = student_config(teacher_cfg)
-    teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
+    read = _read_lazy_teacher if path.endswith(".py") else _read_yaml_teacher
+    plan = read(path, node.OPTS, cfg.MODEL.DEVICE)
     weights = node.WEIGHTS
     if zoo_name and not weights:
         from detectron2 import model_zoo
@@ -243,18 +288,14 @@ def build_teacher(cfg: CfgNode) -> FrozenTeacher:
                 f"the model zoo has no weights for {zoo_name}; set MODEL.DISTILL.TEACHER.WEIGHTS"
             ) from e
     with own_random_stream():
-        model = build_registered(teacher_cfg, "the teacher")
+        model = plan.build()
     loaded = load_teacher_weights(model, weights, allow_partial=node.ALLOW_PARTIAL)
     logger.info(
-        f"Teacher: {teacher_cfg.MODEL.META_ARCHITECTURE} of {node.CONFIG_FILE}, "
+        f"Teacher: {type(model).__name__} of {node.CONFIG_FILE}, "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
         f"{loaded} of {len(model.state_dict())} tensors loaded from {weights}"
     )
-    return FrozenTeacher(
-        model,
-        input_format=teacher_cfg.INPUT.FORMAT,
-        classes=class_names(teacher_cfg.DATASETS.TRAIN),
-    )
+    return FrozenTeacher(model, input_format=plan.input_format, classes=class_names(plan.datasets))
 
 
 def class_names(datasets: Sequence[str]) -> list[str] | None:

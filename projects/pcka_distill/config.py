@@ -23,7 +23,7 @@ def add_pcka_distill_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.LOSSES = ()
 
     cfg.MODEL.DISTILL.TEACHER = CN()
-    # The teacher's own config: a path, or a name in Detectron2's model zoo.
+    # The teacher's own config, a yaml or a LazyConfig: a path, or a name in Detectron2's model zoo.
     cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = ""
     # Its checkpoint. Empty: the model zoo's, if CONFIG_FILE is a zoo name.
     cfg.MODEL.DISTILL.TEACHER.WEIGHTS = ""
