@@ -91,8 +91,9 @@ def page(rows: list[Row]) -> str:
         "    make bench",
         "",
         "runs, for every row, `tools/train_net.py --config-file "
-        "configs/Digits/<pair>_<method>.yaml SEED <seed>`, with `<method>` one of pcka and pcka_mimic, or the pair's plain student and "
-        "its teacher, on one thread. The raw figures are in digits.jsonl.",
+        "configs/Digits/<pair>_<method>.yaml SEED <seed>`, with `<method>` one of pcka and "
+        "pcka_mimic, or the pair's plain student and its teacher, on one thread. The raw figures "
+        "are in digits.jsonl.",
         "",
     ]
     for name, pair in PAIRS.items():

@@ -78,6 +78,22 @@ def test_rcka_takes_the_teachers_best_rows_of_each_image():
     torch.testing.assert_close(losses["loss_rcka_inter"], 6 * rcka_loss(x, y, intra_weight=0))
 
 
+@pytest.mark.parametrize("k", [0, 3, 10])
+def test_rcka_of_the_foreground(k):
+    s = Taps(logits={"p3": rand(2, 30, 5), "p4": rand(2, 7, 5, seed=1)})
+    t = Taps(logits={"p3": rand(2, 30, 5, seed=2), "p4": rand(2, 7, 5, seed=3)})
+    s.foreground = {"p3": rand(2, 30, seed=4) > 1, "p4": rand(2, 7, seed=5) > 1}
+    x, y = (torch.cat(list(taps.logits.values()), 1) for taps in (s, t))
+    fg = torch.cat(list(s.foreground.values()), 1)
+    rows = [
+        sorted(fg[i].nonzero().flatten().tolist(), key=lambda r, i=i: -y[i, r].max())[: k or None]
+        for i in range(2)
+    ]
+    x, y = (torch.cat([z[i, r] for i, r in enumerate(rows)]) for z in (x, y))
+    losses = RCKALoss(topk_per_image=k)(s, t)
+    torch.testing.assert_close(losses["loss_rcka_intra"], rcka_loss(x, y, inter_weight=0))
+
+
 def test_rcka_takes_all_rows_of_a_box_head():
     x, y = rand(9, 4), rand(9, 4, seed=1)
     losses = RCKALoss(topk_per_image=2)(Taps(logits={"box": x}), Taps(logits={"box": y}))

@@ -518,7 +518,7 @@ def test_classes_are_paired_by_name(family, batch):
     recorder = Recorder(model._student_adapter.hook_points(student, {"logits"}))
     with recorder.recording() as record:
         step(model, batch)
-        whole = model._student_adapter.collect(student, record, {"logits"}).logits
+        whole = model._student_adapter.collect(student, record, {"logits"}, batch).logits
     columns = [0, 2] if family == "retinanet" else [0, 2, 3]
     for group, logits in probe.student.logits.items():
         assert torch.equal(logits, whole[group][..., columns])
@@ -550,6 +550,36 @@ def test_classes_that_cannot_be_paired():
         )
     # Features do not mind.
     unequal(teacher_opts=seven)
+
+
+@pytest.mark.parametrize("family", ["retinanet", "fcos"])
+def test_foreground_is_where_the_objects_are(family, batch):
+    class Reads(Probe):
+        reads = frozenset({"logits", "foreground"})
+
+    probe = Reads()
+    student, teacher = (build_model(digits_cfg(family)) for _ in range(2))
+    step(DistillationModel(student=student, teacher=FrozenTeacher(teacher), losses=[probe]), batch)
+    maps = [probe.student.features[f] for f in student.head_in_features]
+    anchors = student.anchor_generator(maps)
+    assert sum(x.sum() for x in probe.student.foreground.values()) > 0
+    for level, boxes in zip(student.head_in_features, anchors):
+        assert probe.student.foreground[level].shape == probe.student.logits[level].shape[:2]
+        for i, x in enumerate(batch):
+            inside = boxes.get_centers()[probe.student.foreground[level][i]]
+            x0, y0, x1, y1 = x["instances"].gt_boxes.tensor.unbind(1)
+            near = 8  # a matched anchor need not be centred in the box
+            hit = (
+                (inside[:, None, 0] > x0 - near) & (inside[:, None, 0] < x1 + near)
+                & (inside[:, None, 1] > y0 - near) & (inside[:, None, 1] < y1 + near)
+            )  # fmt: skip
+            assert hit.any(1).all()
+
+
+def test_rcka_of_the_foreground_alone(batch, empty_batch, teacher_files):
+    model = build("fcos", teacher_files, ["RCKALoss"], "MODEL.DISTILL.RCKA.FOREGROUND_ONLY", True)
+    assert step(model, batch)["loss_rcka_intra"] > 0
+    assert step(model, empty_batch)["loss_rcka_intra"] == 0
 
 
 def test_a_cascade_and_a_single_head(batch):

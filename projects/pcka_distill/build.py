@@ -249,9 +249,17 @@ def _read_lazy_teacher(path: str, opts: list[Any], device: str) -> _TeacherPlan:
     def first(*keys: str) -> Any:
         return next((x for x in (OmegaConf.select(cfg, k) for k in keys) if x is not None), None)
 
+    def build() -> nn.Module:
+        try:
+            model: nn.Module = instantiate(cfg.model).to(device)
+        except ImportError as e:
+            # Detectron2's transformers import timm when they are built.
+            raise UserError(f"the teacher of {path} needs {e.name}; install it") from e
+        return model
+
     datasets = first("dataloader.train.dataset.names") or []
     return _TeacherPlan(
-        lambda: instantiate(cfg.model).to(device),
+        build,
         first("model.input_format", "dataloader.train.mapper.image_format"),
         [datasets] if isinstance(datasets, str) else list(datasets),
     )

@@ -62,6 +62,8 @@ def add_pcka_distill_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.RCKA.LEVELS = ()
     # Dense heads: rows an image, the teacher's best-scored; 0 for all. Box heads: not used.
     cfg.MODEL.DISTILL.RCKA.TOPK_PER_IMAGE = 50
+    # And of them only those that the student's labels match with an object.
+    cfg.MODEL.DISTILL.RCKA.FOREGROUND_ONLY = False
     cfg.MODEL.DISTILL.RCKA.CENTER = True
     # Weights of the relations between samples and of those between classes.
     cfg.MODEL.DISTILL.RCKA.INTRA_WEIGHT = 1.0

@@ -249,7 +249,9 @@ class DistillationModel(nn.Module):
             return self.student(batched_inputs)
         with self._recorder.recording() as record:
             losses = dict(self.student(batched_inputs))
-            student = self._student_adapter.collect(self.student, record, self._reads)
+            student = self._student_adapter.collect(
+                self.student, record, self._reads, batched_inputs
+            )
         assert self.teacher is not None  # with losses the constructor asks for one
         teacher = self._teach(self.teacher.model, batched_inputs, student)
         if self._classes is not None:

@@ -22,6 +22,8 @@ class Taps:
             ``"stage0"``, ... a stage.
         regions: group of a box head -> per image, the boxes that the rows of its logits stand
             for, in pixels of the network's input. Empty for dense detectors.
+        foreground: group of a dense head -> (B, H*W*A) bool, the rows of its logits that the
+            student's own labels match with an object.
         padded_size: (height, width) of the batch after padding, in pixels: every feature map
             covers this extent.
     """
@@ -29,4 +31,5 @@ class Taps:
     features: dict[str, Tensor] = field(default_factory=dict)
     logits: dict[str, Tensor] = field(default_factory=dict)
     regions: dict[str, list[Any]] = field(default_factory=dict)
+    foreground: dict[str, Tensor] = field(default_factory=dict)
     padded_size: tuple[int, int] = (0, 0)

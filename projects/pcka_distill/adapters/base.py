@@ -60,17 +60,24 @@ class Adapter:
         """Name -> submodule whose calls :meth:`collect` wants to see.
 
         Args:
-            reads: what the losses read, of {"features", "logits"}.
+            reads: what the losses read, of {"features", "logits", "foreground"}.
         """
         return {"backbone": model.backbone}
 
-    def collect(self, model: Any, record: Record, reads: Collection[str]) -> Taps:
+    def collect(
+        self,
+        model: Any,
+        record: Record,
+        reads: Collection[str],
+        batched_inputs: list[dict[str, Any]],
+    ) -> Taps:
         """Read a training forward of the student.
 
         Args:
             model: the student.
             record: its recorded calls at the hook points.
             reads: see :meth:`hook_points`.
+            batched_inputs: what it was given.
         """
         call = record["backbone"][-1]
         images = call.args[0]
@@ -135,5 +142,5 @@ def find_adapter(model: nn.Module) -> Adapter:
     known = ", ".join(sorted(adapter.family.__name__ for adapter in _ADAPTERS))
     raise UserError(
         f"no adapter for {type(model).__name__}: supported are {known}; for your own detector "
-        "subclass pcka_distill.Adapter and decorate it with @register_adapter"
+        "write one, as in examples/own_detector.py"
     )

@@ -91,8 +91,14 @@ class RCNNAdapter(Adapter):
             points.update(zip(head.groups, head.predictors))
         return points
 
-    def collect(self, model: Any, record: Record, reads: Collection[str]) -> Taps:
-        taps = super().collect(model, record, reads)
+    def collect(
+        self,
+        model: Any,
+        record: Record,
+        reads: Collection[str],
+        batched_inputs: list[dict[str, Any]],
+    ) -> Taps:
+        taps = super().collect(model, record, reads, batched_inputs)
         if "logits" in reads:
             # The pooler is called once a stage, in their order.
             for group, pooled in zip(_box_head(model).groups, record["pooler"]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 from detectron2.utils.registry import Registry
 from fvcore.nn.weight_init import c2_xavier_fill
@@ -36,8 +35,9 @@ class DistillLoss(nn.Module):
         UserError: a negative weight or a negative warm-up.
     """
 
-    #: which parts of the taps it reads, of {"features", "logits"}; only these are computed
-    reads: ClassVar[frozenset[str]] = frozenset()
+    #: which parts of the taps it reads, of {"features", "logits", "foreground"}; only these are
+    #: computed
+    reads: frozenset[str] = frozenset()
     #: the student's feature levels it reads; empty means every level that can be paired
     levels: tuple[str, ...] = ()
 

@@ -23,7 +23,8 @@ def _select(
     """Rows of logits to relate: suffix of the term -> (N, K) of each side.
 
     Dense groups (B, R, K): the k rows of each image that the teacher scores highest, over all
-    levels. Region groups (R, K + 1) are already a chosen set and are taken whole, each by itself.
+    levels, of those in the foreground if it is known. Region groups (R, K + 1) are already a
+    chosen set and are taken whole, each by itself.
     """
     chosen, dense = {}, []
     for group, y in teacher.logits.items():
@@ -32,24 +33,27 @@ def _select(
         x = student.logits[group]
         if y.dim() == 2:
             chosen["" if group == "box" else f"_{group}"] = (x, y)
-        elif k:
-            # The best k of all levels are among the best k of each: select before concatenating,
-            # and the 10^5 anchors of a COCO image are never copied.
-            dense.append(_best(x, y, k))
-        else:
-            dense.append((x, y))
+            continue
+        score = y.amax(-1)
+        if student.foreground:
+            score = score.masked_fill(~student.foreground[group], -torch.inf)
+        # The best k of all levels are among the best k of each: select before concatenating,
+        # and the 10^5 anchors of a COCO image are never copied.
+        dense.append(_best(x, y, score, k))
     if dense:
-        x, y = (torch.cat(side, dim=1) for side in zip(*dense))
-        if k:
-            x, y = _best(x, y, k)
-        chosen[""] = (x.flatten(0, 1), y.flatten(0, 1))
+        x, y, score = (torch.cat(side, dim=1) for side in zip(*dense))
+        x, y, score = _best(x, y, score, k)
+        known = ~score.isneginf()
+        chosen[""] = (x[known], y[known])
     return chosen
 
 
-def _best(x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Of x and y (B, R, K) the k rows of each image in which y has its highest logits."""
-    rows = y.amax(-1).topk(min(k, y.shape[1]), dim=1).indices[..., None]
-    return x.take_along_dim(rows, 1), y.take_along_dim(rows, 1)
+def _best(x: Tensor, y: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x and y (B, R, K) the k rows of each image with the best score (B, R); 0 for all."""
+    if not k or k >= score.shape[1]:
+        return x, y, score
+    score, rows = score.topk(k, dim=1)
+    return x.take_along_dim(rows[..., None], 1), y.take_along_dim(rows[..., None], 1), score
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -64,6 +68,8 @@ class RCKALoss(DistillLoss):
     Args:
         levels: feature levels of a dense head whose logits are read, empty for all.
         topk_per_image: rows kept for each image of a dense head; 0 keeps all.
+        foreground_only: of a dense head relate only rows that the student's labels match with an
+            object; still no more than ``topk_per_image``.
         center, intra_weight, inter_weight: see :func:`.functional.rcka_loss`.
         temperature: see :func:`.functional.rcka_loss`; 0 or None relates the logits themselves.
         weight, warmup_iters: see :class:`.DistillLoss`.
@@ -80,6 +86,7 @@ class RCKALoss(DistillLoss):
         *,
         levels: Sequence[str] = (),
         topk_per_image: int = 50,
+        foreground_only: bool = False,
         center: bool = True,
         intra_weight: float = 1.0,
         inter_weight: float = 1.0,
@@ -93,6 +100,8 @@ class RCKALoss(DistillLoss):
             raise UserError("RCKALoss: TOPK_PER_IMAGE and TEMPERATURE must not be negative")
         self.levels = tuple(levels)
         self.topk_per_image = topk_per_image
+        if foreground_only:
+            self.reads = frozenset({"logits", "foreground"})
         self.center = center
         self.part_weights = {"intra": float(intra_weight), "inter": float(inter_weight)}
         self.temperature = temperature or None
@@ -103,6 +112,7 @@ class RCKALoss(DistillLoss):
         return {
             "levels": node.LEVELS,
             "topk_per_image": node.TOPK_PER_IMAGE,
+            "foreground_only": node.FOREGROUND_ONLY,
             "center": node.CENTER,
             "intra_weight": node.INTRA_WEIGHT,
             "inter_weight": node.INTER_WEIGHT,
