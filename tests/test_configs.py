@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from helpers import REPO
 from PIL import Image
 
 from pcka_distill import DistillationModel, UserError, get_distill_cfg, student_config
-from pcka_distill.build import merge_config
+from pcka_distill.build import _find_config, merge_config
 
 CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
 RUNNABLE = [p for p in CONFIGS if not p.name.startswith("Base")]
@@ -100,7 +101,8 @@ def no_weights(monkeypatch):
     monkeypatch.setattr("pcka_distill.build.load_teacher_weights", lambda *_, **__: 0)
 
 
-@pytest.mark.parametrize("path", RUNNABLE, ids=name)
+# Those for COCO are built, and run, below.
+@pytest.mark.parametrize("path", [p for p in RUNNABLE if "COCO" not in str(p)], ids=name)
 def test_every_yaml_builds(path, no_weights):
     cfg = load(path)
     model = build_model(cfg)
@@ -176,36 +178,68 @@ COMMON = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["R_101_to_R_50_pcka_2x", "R_50_FPN_2x"])
-@pytest.mark.parametrize("family", ["faster_rcnn", "retinanet"])
-def test_coco_configs_train_and_evaluate(family, name, coco, tmp_path):
+@pytest.fixture(scope="session")
+def teacher_weights(tmp_path_factory):
+    """Config of a teacher -> a checkpoint of random weights, made once."""
+    folder = tmp_path_factory.mktemp("coco_teachers")
+    made = {}
+
+    def make(config):
+        if config not in made:
+            cfg = get_distill_cfg()
+            cfg.merge_from_file(_find_config(config)[0])
+            cfg.MODEL.DEVICE = "cpu"
+            torch.manual_seed(0)
+            state = {k: v.half() if v.is_floating_point() else v
+                     for k, v in build_model(cfg).state_dict().items()}  # fmt: skip
+            made[config] = str(folder / f"{len(made)}.pth")
+            torch.save({"model": state}, made[config])
+        return made[config]
+
+    return make
+
+
+def terms(cfg):
+    """What the losses of a config add to the log."""
+    levels = cfg.MODEL.DISTILL.PCKA.LEVELS
+    per_loss = {
+        "PCKALoss": [f"loss_pcka_{level}: " for level in levels],
+        "MimicLoss": [f"loss_mimic_{level}: " for level in levels],
+        "RCKALoss": ["loss_rcka_intra: ", "loss_rcka_inter: "],
+    }
+    return [x for loss in cfg.MODEL.DISTILL.LOSSES for x in per_loss[loss]]
+
+
+# These are evaluated, too; that costs as much again.
+EVALUATED = [f"{f}_{n}" for f in ("faster_rcnn", "retinanet")
+             for n in ("R_101_to_R_50_pcka_2x", "R_50_FPN_2x")]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [p for p in RUNNABLE if "COCO" in str(p)], ids=name)
+def test_coco_configs_train_and_evaluate(path, coco, teacher_weights, tmp_path):
     """At their real size, through the command line, on small images."""
-    distilled = "pcka" in name
+    cfg = load(path)
     opts = [*COMMON, "OUTPUT_DIR", str(tmp_path / "out")]
-    if distilled:
-        torch.manual_seed(0)
-        teacher = model_zoo.get_config(f"COCO-Detection/{family}_R_101_FPN_3x.yaml")
-        teacher.MODEL.DEVICE = "cpu"
-        state = {k: v.half() if v.is_floating_point() else v
-                 for k, v in build_model(teacher).state_dict().items()}  # fmt: skip
-        torch.save({"model": state}, tmp_path / "teacher.pth")
-        del state
-        opts += ["MODEL.DISTILL.TEACHER.WEIGHTS", str(tmp_path / "teacher.pth")]
-        opts += ["MODEL.DISTILL.PCKA.PATCH_SIZE", "[2]"]
-    config = REPO / "configs" / "COCO-Detection" / f"{family}_{name}.yaml"
+    evaluated = path.stem in EVALUATED
+    if not evaluated:
+        opts += ["DATASETS.TEST", "()", "SOLVER.MAX_ITER", "1"]
+    if cfg.MODEL.DISTILL.LOSSES:
+        weights = teacher_weights(cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE)
+        opts += ["MODEL.DISTILL.TEACHER.WEIGHTS", weights, "MODEL.DISTILL.PCKA.PATCH_SIZE", "[2]"]
     done = subprocess.run(
-        [
-            sys.executable, str(REPO / "tools" / "train_net.py"), "--config-file", str(config),
-            *opts,
-        ],
+        [sys.executable, str(REPO / "tools" / "train_net.py"), "--config-file", str(path), *opts],
         capture_output=True, text=True, cwd=tmp_path,
         env={**os.environ, "DETECTRON2_DATASETS": str(coco)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    levels = ("p2", "p3", "p4", "p5") if family == "faster_rcnn" else ("p3", "p4", "p5", "p6")
     log = (tmp_path / "out" / "log.txt").read_text()
-    assert "loss_cls: " in log
-    assert all((f"loss_pcka_{level}: " in log) == distilled for level in levels)
+    expected = terms(cfg)
+    assert all(term in log for term in expected)
+    assert ("loss_pcka" in log) == bool(expected)
+    # The heaviest of all child processes so far, in KiB.
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 6 * 2**20
+    if not evaluated:
+        return
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert "AP" in results["results"]["coco_2017_val"]["bbox"]
 
