@@ -77,7 +77,13 @@ def add_pcka_distill_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.MIMIC.WARMUP_ITERS = 0
     cfg.MODEL.DISTILL.MIMIC.LEVELS = ()
 
-    # FCOS: Detectron2 has the model and no keys for it. The defaults are its own.
+    # Other projects have an FCOS of their own: theirs stays.
+    if "FCOS" not in cfg.MODEL:
+        _add_fcos(cfg)
+
+
+def _add_fcos(cfg: CN) -> None:
+    """FCOS: Detectron2 has the model and no keys for it. The defaults are its own."""
     cfg.MODEL.FCOS = CN()
     cfg.MODEL.FCOS.NUM_CLASSES = 80
     cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import detectron2.modeling.meta_arch.fcos as stock
+from typing import Any
+
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 
 __all__ = ["FCOS"]
 
 
-@META_ARCH_REGISTRY.register()
-def FCOS(cfg: CfgNode) -> stock.FCOS:
+def FCOS(cfg: CfgNode) -> Any:
     """Detectron2's own FCOS (Tian et al., ICCV 2019), as ``MODEL.FCOS`` describes it."""
+    # Not at the top: Detectron2 has it since 2022.
+    import detectron2.modeling.meta_arch.fcos as stock
+
     node = cfg.MODEL.FCOS
     backbone = build_backbone(cfg)
     shapes = [backbone.output_shape()[f] for f in node.IN_FEATURES]
@@ -37,3 +40,8 @@ def FCOS(cfg: CfgNode) -> stock.FCOS:
         pixel_mean=cfg.MODEL.PIXEL_MEAN,
         pixel_std=cfg.MODEL.PIXEL_STD,
     )
+
+
+# Other projects have an FCOS of their own: theirs stays.
+if "FCOS" not in META_ARCH_REGISTRY:
+    META_ARCH_REGISTRY.register(FCOS)

@@ -6,13 +6,21 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
-from detectron2.modeling.meta_arch.fcos import FCOSHead
-from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.modeling.meta_arch import retinanet
 from torch import Tensor, nn
 
 from pcka_distill.adapters.base import Adapter, Record, register_adapter
 from pcka_distill.structures import Taps
+
+try:
+    from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
+    from detectron2.modeling.meta_arch.fcos import FCOSHead
+
+    _STOCK_HEADS: tuple[type[nn.Module], ...] = (retinanet.RetinaNetHead, FCOSHead)
+except ImportError:
+    # Before FCOS came into Detectron2, RetinaNet was all of it.
+    DenseDetector, permute_to_N_HWA_K = retinanet.RetinaNet, retinanet.permute_to_N_HWA_K
+    _STOCK_HEADS = (retinanet.RetinaNetHead,)
 
 __all__ = ["DenseAdapter"]
 
@@ -73,7 +81,7 @@ class DenseAdapter(Adapter):
         if "logits" in reads:
             inputs = [features[f] for f in model.head_in_features]
             # The box branch is half of the head's cost and nothing reads it.
-            if type(model.head) in (RetinaNetHead, FCOSHead):
+            if type(model.head) in _STOCK_HEADS:
                 logits = [model.head.cls_score(model.head.cls_subnet(x)) for x in inputs]
             else:
                 logits = model.head(inputs)[0]
