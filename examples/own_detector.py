@@ -2,7 +2,7 @@
 """Distil a detector that neither Detectron2 nor pcka_distill knows: write its adapter.
 
 The detector is a CenterNet in miniature (Zhou et al., 2019): a heatmap of object centres, one
-channel a class, and a box for each cell. What distillation needs to know about it is the 32 lines
+channel a class, and a box for each cell. What distillation needs to know about it is the 33 lines
 of CenterNetAdapter. Run it anywhere; it trains for a few iterations on the digits set:
 
     python examples/own_detector.py
@@ -96,7 +96,8 @@ class CenterNetAdapter(Adapter):
         features, size = self.teacher_features(model, batched_inputs, student.padded_size)
         taps = Taps(features=features, padded_size=size)
         if "logits" in reads:
-            taps.logits = {"heatmap": model.heatmap(features["p3"]).flatten(2).mT}
+            heatmap = self.cut(model.heatmap(features["p3"]), student.padded_size, model.stride)
+            taps.logits = {"heatmap": heatmap.flatten(2).mT}
         return taps
 
 

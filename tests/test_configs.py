@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from detectron2 import model_zoo
+from detectron2.config import instantiate
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.modeling import build_model
 from helpers import REPO
 from PIL import Image
 
 from pcka_distill import DistillationModel, UserError, get_distill_cfg, student_config
-from pcka_distill.build import _find_config, merge_config
+from pcka_distill.build import _find_config, build_losses, merge_config
 
 CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
 RUNNABLE = [p for p in CONFIGS if not p.name.startswith("Base")]
@@ -208,6 +209,36 @@ def terms(cfg):
         "RCKALoss": ["loss_rcka_intra: ", "loss_rcka_inter: "],
     }
     return [x for loss in cfg.MODEL.DISTILL.LOSSES for x in per_loss[loss]]
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in RUNNABLE if "COCO" in str(p) and "_to_" in p.name], ids=name
+)
+def test_the_patches_of_coco_configs_fit(path):
+    """At their own size: the runs below are of small images and set other patches."""
+    cfg = load(path)
+    side = min(cfg.INPUT.MIN_SIZE_TRAIN)
+    pcka = next(x for x in build_losses(cfg) if x.name == "pcka")
+    shapes = {k: (2, 256, *[-(-side // 2 ** int(k[1:]))] * 2) for k in pcka.levels}
+    assert len(shapes) == 4
+    notes = pcka.check_maps(shapes)
+    assert list(notes) == list(shapes)
+
+
+def test_fcos_is_the_model_zoos():
+    """The builder's model, against Detectron2's own LazyConfig."""
+    mine = build_model(load(REPO / "configs" / "COCO-Detection" / "fcos_R_50_FPN_2x.yaml"))
+    theirs = instantiate(model_zoo.get_config("COCO-Detection/fcos_R_50_FPN_1x.py").model)
+    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (mine, theirs)]
+    assert shapes[0] == shapes[1]
+    for key in (
+        "num_classes", "center_sampling_radius", "focal_loss_alpha", "focal_loss_gamma",
+        "test_score_thresh", "test_topk_candidates", "test_nms_thresh",
+        "max_detections_per_image", "head_in_features",
+    ):  # fmt: skip
+        assert getattr(mine, key) == getattr(theirs, key), key
+    assert str(mine) == str(theirs)
+    assert torch.equal(mine.pixel_mean, theirs.pixel_mean)
 
 
 # These are evaluated, too; that costs as much again.

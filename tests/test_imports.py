@@ -1,6 +1,8 @@
 """Imports run downwards, and only from_config reads a config."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ ALLOWED = {
     "recorder": set(),
     "config": set(),
     "backbones": set(),
+    "fcos": {"errors"},
     "data": {"errors"},
     "pairing": {"errors"},
     "checkpoint": set(),
@@ -26,7 +29,7 @@ ALLOWED = {
     "meta_arch": {
         "errors", "structures", "recorder", "pairing", "losses", "adapters", "teacher", "build",
     },
-    "engine": {"errors", "checkpoint", "adapters", "build", "meta_arch"},
+    "engine": {"errors", "config", "checkpoint", "adapters", "build", "meta_arch"},
     "bench": {"errors", "build"},
     "demo": {"bench", "build"},
 }  # fmt: skip
@@ -93,3 +96,32 @@ def test_one_file_per_loss_and_adapter_knows_no_sibling():
         if path.name != "__init__.py":
             siblings = {n for n in imports(path) if n.startswith("pcka_distill.losses")}
             assert siblings <= {"pcka_distill.losses.base"}
+
+
+def test_without_what_newer_versions_of_detectron2_have():
+    """v0.6 is older than FCOS: the package works, and says so if FCOS is asked for."""
+    check = """
+import sys
+import detectron2.modeling
+for name in ("dense_detector", "fcos"):
+    sys.modules[f"detectron2.modeling.meta_arch.{name}"] = None
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from helpers import digits_cfg, make_batch
+from pcka_distill import DistillationModel, FrozenTeacher, PCKALoss, RCKALoss, UserError
+student, teacher = (build_model(digits_cfg("retinanet")) for _ in range(2))
+losses = [PCKALoss(patch_size=2, layout="sample"), RCKALoss()]
+model = DistillationModel(student=student, teacher=FrozenTeacher(teacher), losses=losses)
+with EventStorage(0):
+    assert model(make_batch())["loss_rcka_intra"] > 0
+try:
+    build_model(digits_cfg("fcos"))
+except UserError as e:
+    print(e)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", check], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    assert done.returncode == 0, done.stderr
+    assert "this Detectron2 has no FCOS" in done.stdout

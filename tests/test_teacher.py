@@ -16,6 +16,7 @@ from pcka_distill import (
     FrozenTeacher,
     UserError,
     build,
+    find_adapter,
     get_distill_cfg,
     load_teacher_weights,
     register_config,
@@ -198,8 +199,9 @@ def lazy_teacher(name, tmp_path, *opts):
     state = instantiate(LazyConfig.load(str(path)).model).state_dict()
     torch.save({"model": state}, tmp_path / "teacher.pth")
     cfg = distill_cfg(
-        "fcos", str(tmp_path / "teacher.pth"), "MODEL.DISTILL.TEACHER.CONFIG_FILE", str(path), *opts
-    )
+        "fcos", str(tmp_path / "teacher.pth"), "MODEL.DISTILL.TEACHER.CONFIG_FILE", str(path),
+        "INPUT.MAX_SIZE_TRAIN", 128, *opts,
+    )  # fmt: skip
     return cfg, state
 
 
@@ -219,12 +221,35 @@ def test_lazy_configs(name, tmp_path):
     assert "1x1 conv 64 -> 48 on the student" in str(model.pairs["p3"])
 
 
+def test_images_larger_than_the_square_of_a_transformer(tmp_path):
+    """Detectron2 would crop them without a word, or fail in the middle of a run."""
+    cfg, _ = lazy_teacher("vitdet", tmp_path, "INPUT.MAX_SIZE_TRAIN", 200)
+    with pytest.raises(UserError, match=r"128 x 128 pixels and INPUT\.MAX_SIZE_TRAIN is 200"):
+        build_teacher(cfg)
+    cfg.INPUT.MAX_SIZE_TRAIN = 128
+    model = build_model(cfg)
+    with pytest.raises(UserError, match="and here is one of 160"), EventStorage(0):
+        model(make_batch(sizes=((96, 160),)))
+
+
+def test_a_transformer_without_a_square_covers_the_students_extent(tmp_path):
+    opts = ["model.backbone.square_pad", 0]
+    cfg, _ = lazy_teacher("vitdet", tmp_path, "MODEL.DISTILL.TEACHER.OPTS", opts)
+    model = build_model(cfg)
+    adapter = find_adapter(model.teacher.model)
+    _, size = adapter.teacher_features(model.teacher.model, make_batch(sizes=((90, 97),)), (90, 97))
+    assert size == (96, 128)
+
+
 def test_overrides_of_a_lazy_config(tmp_path):
     cfg, _ = lazy_teacher("regnet", tmp_path)
     cfg.MODEL.DISTILL.TEACHER.OPTS = ["model.test_score_thresh", 0.75]
     assert build_teacher(cfg).model.test_score_thresh == 0.75
     cfg.MODEL.DISTILL.TEACHER.OPTS = ["model.backbone.out_channels", 32]
     with pytest.raises(UserError, match="another shape"):
+        build_teacher(cfg)
+    cfg.MODEL.DISTILL.TEACHER.OPTS = ["+model.backbone.out_chanels", 32]
+    with pytest.raises(UserError, match=r"cannot be built: .*out_chanels"):
         build_teacher(cfg)
 
 

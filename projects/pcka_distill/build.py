@@ -255,6 +255,8 @@ def _read_lazy_teacher(path: str, opts: list[Any], device: str) -> _TeacherPlan:
         except ImportError as e:
             # Detectron2's transformers import timm when they are built.
             raise UserError(f"the teacher of {path} needs {e.name}; install it") from e
+        except Exception as e:
+            raise UserError(f"the teacher of {path} cannot be built: {reason(e)}") from e
         return model
 
     datasets = first("dataloader.train.dataset.names") or []
@@ -297,6 +299,13 @@ def build_teacher(cfg: CfgNode) -> FrozenTeacher:
             ) from e
     with own_random_stream():
         model = plan.build()
+    padding = getattr(getattr(model, "backbone", None), "padding_constraints", None) or {}
+    square = padding.get("square_size", 0)
+    if 0 < square < cfg.INPUT.MAX_SIZE_TRAIN:
+        raise UserError(
+            f"the teacher pads images to {square} x {square} pixels and INPUT.MAX_SIZE_TRAIN is "
+            f"{cfg.INPUT.MAX_SIZE_TRAIN}; set it to at most {square}"
+        )
     loaded = load_teacher_weights(model, weights, allow_partial=node.ALLOW_PARTIAL)
     logger.info(
         f"Teacher: {type(model).__name__} of {node.CONFIG_FILE}, "

@@ -58,7 +58,7 @@ def add_pcka_distill_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.RCKA = CN()
     cfg.MODEL.DISTILL.RCKA.WEIGHT = 1.0
     cfg.MODEL.DISTILL.RCKA.WARMUP_ITERS = 0
-    # Of a dense head; a box head has none.
+    # Levels of a dense head, or stages of a cascade ("stage0", ...); () for all.
     cfg.MODEL.DISTILL.RCKA.LEVELS = ()
     # Dense heads: rows an image, the teacher's best-scored; 0 for all. Box heads: not used.
     cfg.MODEL.DISTILL.RCKA.TOPK_PER_IMAGE = 50

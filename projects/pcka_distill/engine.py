@@ -55,6 +55,7 @@ from pcka_distill.build import (
     student_config,
 )
 from pcka_distill.checkpoint import StrictCheckpointer
+from pcka_distill.config import add_pcka_distill_config
 from pcka_distill.errors import UserError, reason
 from pcka_distill.meta_arch import DistillationModel
 
@@ -358,7 +359,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
         # What stock Detectron2 needs, beside a checkpoint, to run the student.
         stock = student_config(cfg)
         del stock.MODEL["DISTILL"], stock.SOLVER["OPTIMIZER"]
-        if stock.MODEL.META_ARCHITECTURE != "FCOS":
+        own = CfgNode({"SOLVER": {}, "MODEL": {}})
+        add_pcka_distill_config(own)
+        # Of another project's FCOS the node stays.
+        mine = stock.MODEL.FCOS.keys() == own.MODEL.FCOS.keys()
+        if mine and stock.MODEL.META_ARCHITECTURE != "FCOS":
             del stock.MODEL["FCOS"]
         with open(os.path.join(cfg.OUTPUT_DIR, "student_config.yaml"), "w") as f:
             f.write(stock.dump())

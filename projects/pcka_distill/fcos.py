@@ -7,13 +7,18 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 
+from pcka_distill.errors import UserError
+
 __all__ = ["FCOS"]
 
 
 def FCOS(cfg: CfgNode) -> Any:
     """Detectron2's own FCOS (Tian et al., ICCV 2019), as ``MODEL.FCOS`` describes it."""
-    # Not at the top: Detectron2 has it since 2022.
-    import detectron2.modeling.meta_arch.fcos as stock
+    # Not at the top: older versions of Detectron2 have none.
+    try:
+        import detectron2.modeling.meta_arch.fcos as stock
+    except ImportError as e:
+        raise UserError("this Detectron2 has no FCOS; install a newer one") from e
 
     node = cfg.MODEL.FCOS
     backbone = build_backbone(cfg)

@@ -114,6 +114,12 @@ class DistillationModel(nn.Module):
         self._reads = frozenset(part for loss in self.losses for part in loss.reads)
         self._student_adapter = find_adapter(student)
         self._teacher_adapter = find_adapter(teacher.model)
+        unread = ", ".join(sorted(self._reads - self._student_adapter.provides))
+        if unread:
+            raise UserError(
+                f"a loss reads {unread}, and {type(student).__name__} has none to read; for RCKA "
+                "set MODEL.DISTILL.RCKA.FOREGROUND_ONLY False"
+            )
         if "features" in self._reads:
             self._pair(teacher.model, smallest_batch)
         if "logits" in self._reads:
@@ -200,11 +206,15 @@ class DistillationModel(nn.Module):
             )
         ]
         self._classes = _pair_classes(classes, frozen.classes, counts, readers)
-        shared = self._classes[0] if self._classes else list(range(counts[0] or 0))
-        columns = self._student_adapter.select_classes(torch.zeros(1, (counts[0] or 0) + 1), shared)
+        shared = len(self._classes[0]) if self._classes else counts[0]
         groups = self._student_adapter.logit_groups(self.student)
         for loss in losses:
-            loss.check_logits(columns.shape[1])
+            if shared is not None:
+                blank = torch.zeros(1, shared + 1)
+                columns = self._student_adapter.select_classes(
+                    self.student, blank, list(range(shared))
+                )
+                loss.check_logits(columns.shape[1])
             unknown = ", ".join(x for x in loss.levels if x not in groups)
             if unknown:
                 raise UserError(
@@ -255,12 +265,12 @@ class DistillationModel(nn.Module):
         assert self.teacher is not None  # with losses the constructor asks for one
         teacher = self._teach(self.teacher.model, batched_inputs, student)
         if self._classes is not None:
-            for taps, adapter, indices in (
-                (student, self._student_adapter, self._classes[0]),
-                (teacher, self._teacher_adapter, self._classes[1]),
+            for taps, adapter, model, indices in (
+                (student, self._student_adapter, self.student, self._classes[0]),
+                (teacher, self._teacher_adapter, self.teacher.model, self._classes[1]),
             ):
                 taps.logits = {
-                    k: adapter.select_classes(x, indices) for k, x in taps.logits.items()
+                    k: adapter.select_classes(model, x, indices) for k, x in taps.logits.items()
                 }
         iteration = get_event_storage().iter
         for loss in self.losses:
@@ -296,6 +306,13 @@ def _pair_classes(
         counts: classes of the student's and of the teacher's head.
         readers: the losses that want them, for the message.
     """
+    for side, names, count in zip(("student", "teacher"), (mine, theirs), counts):
+        if names is not None and count is not None and len(names) != count:
+            raise UserError(
+                f"{readers} compares logits by class: the {side}'s dataset names {len(names)} "
+                f"classes, and its head has {count}; correct DATASETS.TRAIN or the number of "
+                "classes in its config"
+            )
     if mine is None or theirs is None:
         if counts[0] == counts[1]:
             return None

@@ -28,6 +28,10 @@ class Adapter:
 
     #: the meta-architecture that it reads, with its subclasses
     family: ClassVar[type[nn.Module]]
+    #: what to call the family in a message; its class name if empty
+    title: ClassVar[str] = ""
+    #: what it can read, of {"features", "logits", "foreground"}
+    provides: ClassVar[frozenset[str]] = frozenset({"features", "logits"})
 
     def feature_shapes(self, model: Any) -> dict[str, ShapeSpec]:
         """Level -> channels and stride of the feature maps that can be read."""
@@ -52,7 +56,7 @@ class Adapter:
         """The groups of logits that :meth:`collect` gives."""
         raise NotImplementedError
 
-    def select_classes(self, logits: Tensor, classes: list[int]) -> Tensor:
+    def select_classes(self, model: Any, logits: Tensor, classes: list[int]) -> Tensor:
         """The columns of some foreground classes, with whatever belongs to every class set."""
         return logits[..., classes]
 
@@ -108,8 +112,20 @@ class Adapter:
         Returns:
             level -> (B, C, H, W), and the (height, width) in pixels that they cover.
         """
+        backbone = model.backbone
+        padding = getattr(backbone, "padding_constraints", None) or {}
+        square = padding.get("square_size", 0)
+        longest = max(max(x["image"].shape[-2:]) for x in batched_inputs)
+        if square and longest > square:
+            raise UserError(
+                f"the teacher pads images to {square} x {square} pixels, and here is one of "
+                f"{longest}; set INPUT.MAX_SIZE_TRAIN to at most {square}"
+            )
         images = model.preprocess_image(batched_inputs).tensor
-        divisor = max(model.backbone.size_divisibility, 1)
+        divisor = max(backbone.size_divisibility, 1)
+        if padding:
+            # A vision transformer drops what does not fill a patch.
+            divisor = max(divisor, *(x.stride for x in backbone.output_shape().values()))
         # Both sides pad at the bottom and right. Where the teacher pads less than the student,
         # pad it further (with the zeros of ImageList), so that its maps can be cut to size.
         bottom, right = (
@@ -118,7 +134,17 @@ class Adapter:
         )
         if bottom or right:
             images = F.pad(images, (0, right, 0, bottom))
-        return model.backbone(images), tuple(images.shape[-2:])
+        return backbone(images), tuple(images.shape[-2:])
+
+    @staticmethod
+    def cut(x: Tensor, padded_size: tuple[int, int], stride: int) -> Tensor:
+        """Cut a map (..., H, W) to the extent of the student's padded batch.
+
+        Logits need it before they are flattened, so that row i is the same place on both sides;
+        features are cut and resized by the model.
+        """
+        rows, cols = (-(-side // stride) for side in padded_size)
+        return x[..., :rows, :cols]
 
 
 _ADAPTERS: list[type[Adapter]] = []
@@ -139,7 +165,7 @@ def find_adapter(model: nn.Module) -> Adapter:
     for adapter in _ADAPTERS:
         if isinstance(model, adapter.family):
             return adapter()
-    known = ", ".join(sorted(adapter.family.__name__ for adapter in _ADAPTERS))
+    known = ", ".join(sorted(x.title or x.family.__name__ for x in _ADAPTERS))
     raise UserError(
         f"no adapter for {type(model).__name__}: supported are {known}; for your own detector "
         "write one, as in examples/own_detector.py"

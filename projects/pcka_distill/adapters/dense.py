@@ -30,6 +30,8 @@ class DenseAdapter(Adapter):
     """RetinaNet and FCOS: sigmoid logits of every anchor or location, one group a level."""
 
     family = DenseDetector
+    title = "dense detectors (RetinaNet, FCOS)"
+    provides = frozenset({"features", "logits", "foreground"})
 
     def num_classes(self, model: Any) -> int:
         return int(model.num_classes)
@@ -37,7 +39,10 @@ class DenseAdapter(Adapter):
     def logit_signature(self, model: Any) -> dict[str, object]:
         shapes = model.backbone.output_shape()
         return {
-            "anchors a cell": list(model.anchor_generator.num_cell_anchors),
+            "anchors": [
+                [f"{x1 - x0:.0f} x {y1 - y0:.0f}" for x0, y0, x1, y1 in level.tolist()]
+                for level in model.anchor_generator.cell_anchors
+            ],
             "strides": [shapes[f].stride for f in model.head_in_features],
         }
 
@@ -85,15 +90,10 @@ class DenseAdapter(Adapter):
                 logits = [model.head.cls_score(model.head.cls_subnet(x)) for x in inputs]
             else:
                 logits = model.head(inputs)[0]
-            # Cut to the student's extent, so that row i is the same anchor on both sides.
-            strides = model.backbone.output_shape()
+            shapes = model.backbone.output_shape()
             logits = [
-                x[
-                    ...,
-                    : -(-student.padded_size[0] // stride),
-                    : -(-student.padded_size[1] // stride),
-                ]
-                for x, stride in zip(logits, (strides[f].stride for f in model.head_in_features))
+                self.cut(x, student.padded_size, shapes[f].stride)
+                for x, f in zip(logits, model.head_in_features)
             ]
             taps.logits = dict(zip(student.logits, self._groups(model, logits).values()))
         return taps

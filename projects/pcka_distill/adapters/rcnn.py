@@ -37,7 +37,8 @@ def _box_head(model: Any) -> _BoxHead:
     heads = model.roi_heads
     # A subclass may compute its boxes in another way; what it adds beside them does not matter.
     forward = getattr(type(heads), "_forward_box", None)
-    if forward is CascadeROIHeads._forward_box:
+    stage = getattr(type(heads), "_run_stage", None)
+    if forward is CascadeROIHeads._forward_box and stage is CascadeROIHeads._run_stage:
         return _BoxHead(
             heads.box_in_features, heads.box_pooler, list(heads.box_head), list(heads.box_predictor)
         )
@@ -45,7 +46,8 @@ def _box_head(model: Any) -> _BoxHead:
         return _BoxHead(
             heads.box_in_features, heads.box_pooler, [heads.box_head], [heads.box_predictor]
         )
-    if type(heads).forward is Res5ROIHeads.forward:
+    shared = getattr(type(heads), "_shared_roi_transform", None)
+    if shared is Res5ROIHeads._shared_roi_transform and type(heads).forward is Res5ROIHeads.forward:
         return _BoxHead(
             heads.in_features,
             heads.pooler,
@@ -58,28 +60,45 @@ def _box_head(model: Any) -> _BoxHead:
     )
 
 
+def _is_sigmoid(predictor: nn.Module) -> bool:
+    """Whether classes are scored one by one: the background's column is then never trained."""
+    return bool(getattr(predictor, "use_sigmoid_ce", False))
+
+
+def _logits(predictor: nn.Module, output: Any) -> Tensor:
+    logits: Tensor = output[0]
+    return logits[:, :-1] if _is_sigmoid(predictor) else logits
+
+
 @register_adapter
 class RCNNAdapter(Adapter):
     """The R-CNN family: Faster, Mask, Cascade and C4 R-CNN, PanopticFPN.
 
     The teacher scores the very boxes that the student's sampler drew: its pooler, box head and
     predictor are run on its own features. Its proposals, masks and NMS are never computed. Stage
-    k of a cascade is taught by the teacher's stage k; a single head by the mean of all stages.
+    k of a cascade is taught by the teacher's stage k, or its last; a single head by the mean of
+    all stages.
     """
 
     family = GeneralizedRCNN
+    title = "the R-CNN family (Faster, Mask, Cascade and C4 R-CNN, PanopticFPN)"
 
     def num_classes(self, model: Any) -> int | None:
         return getattr(model.roi_heads, "num_classes", None)
 
     def logit_signature(self, model: Any) -> dict[str, object]:
         predictor: Any = _box_head(model).predictors[0]
-        return {"box coordinates": len(predictor.box2box_transform.weights)}
+        return {
+            "box coordinates": len(predictor.box2box_transform.weights),
+            "sigmoid scores": _is_sigmoid(predictor),
+        }
 
     def logit_groups(self, model: Any) -> list[str]:
         return _box_head(model).groups
 
-    def select_classes(self, logits: Tensor, classes: list[int]) -> Tensor:
+    def select_classes(self, model: Any, logits: Tensor, classes: list[int]) -> Tensor:
+        if _is_sigmoid(_box_head(model).predictors[0]):
+            return logits[..., classes]
         # The last column is the background.
         return logits[..., [*classes, -1]]
 
@@ -101,9 +120,10 @@ class RCNNAdapter(Adapter):
         taps = super().collect(model, record, reads, batched_inputs)
         if "logits" in reads:
             # The pooler is called once a stage, in their order.
-            for group, pooled in zip(_box_head(model).groups, record["pooler"]):
+            head = _box_head(model)
+            for group, predictor, pooled in zip(head.groups, head.predictors, record["pooler"]):
                 taps.regions[group] = list(pooled.args[1])
-                taps.logits[group] = record[group][-1].output[0]
+                taps.logits[group] = _logits(predictor, record[group][-1].output)
         return taps
 
     def run_teacher(
@@ -121,8 +141,11 @@ class RCNNAdapter(Adapter):
             for group, boxes in student.regions.items():
                 pooled = head.pooler(maps, boxes)
                 stages = list(zip(head.heads, head.predictors))
-                if group in head.groups:
-                    stages = [stages[head.groups.index(group)]]
-                logits = [predictor(box_head(pooled))[0] for box_head, predictor in stages]
+                if group != "box":
+                    stages = [stages[min(int(group.removeprefix("stage")), len(stages) - 1)]]
+                logits = [
+                    _logits(predictor, predictor(box_head(pooled)))
+                    for box_head, predictor in stages
+                ]
                 taps.logits[group] = torch.stack(logits).mean(0)
         return taps
