@@ -559,6 +559,17 @@ def test_foreground_is_of_dense_heads():
         DistillationModel(student=student, teacher=FrozenTeacher(student), losses=[loss])
 
 
+def test_no_dataset_is_read_for_features_alone(teacher_files, monkeypatch):
+    def fail(datasets):
+        raise AssertionError(f"read {datasets}")
+
+    for module in ("build", "meta_arch"):
+        monkeypatch.setattr(f"pcka_distill.{module}.class_names", fail)
+    build("retinanet", teacher_files, ["PCKALoss", "MimicLoss"])
+    with pytest.raises(AssertionError, match="read"):
+        build("retinanet", teacher_files, ["RCKALoss"])
+
+
 def test_classes_that_cannot_be_paired():
     seven = ["MODEL.RETINANET.NUM_CLASSES", 7]
     with pytest.raises(UserError, match="10 classes, the teacher 7, and their names are not known"):

@@ -267,10 +267,14 @@ def _read_lazy_teacher(path: str, opts: list[Any], device: str) -> _TeacherPlan:
     )
 
 
-def build_teacher(cfg: CfgNode) -> FrozenTeacher:
+def build_teacher(cfg: CfgNode, *, read_classes: bool = True) -> FrozenTeacher:
     """The teacher of ``MODEL.DISTILL.TEACHER``, with all of its weights loaded.
 
     It lives on ``MODEL.DEVICE``, whatever its own config says.
+
+    Args:
+        cfg: the student's.
+        read_classes: look up the names of its classes, see :func:`class_names`.
     """
     node = cfg.MODEL.DISTILL.TEACHER
     if not node.CONFIG_FILE:
@@ -312,7 +316,8 @@ def build_teacher(cfg: CfgNode) -> FrozenTeacher:
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
         f"{loaded} of {len(model.state_dict())} tensors loaded from {weights}"
     )
-    return FrozenTeacher(model, input_format=plan.input_format, classes=class_names(plan.datasets))
+    classes = class_names(plan.datasets) if read_classes else None
+    return FrozenTeacher(model, input_format=plan.input_format, classes=classes)
 
 
 def class_names(datasets: Sequence[str]) -> list[str] | None:

@@ -132,13 +132,15 @@ class DistillationModel(nn.Module):
         # The student first: it must find the random generators as it would without us.
         student = build_student(cfg)
         losses = build_losses(cfg)
-        teacher = build_teacher(cfg) if losses else None
+        # Only for logits: to know the classes of a COCO json, all of it is read.
+        read_classes = any("logits" in loss.reads for loss in losses)
+        teacher = build_teacher(cfg, read_classes=read_classes) if losses else None
         return {
             "student": student,
             "teacher": teacher,
             "losses": losses,
             "input_format": cfg.INPUT.FORMAT,
-            "classes": class_names(cfg.DATASETS.TRAIN) if teacher else None,
+            "classes": class_names(cfg.DATASETS.TRAIN) if read_classes else None,
             "smallest_batch": _smallest_batch(cfg, student),
         }
 
