@@ -2,7 +2,7 @@
 """Distil a detector that neither Detectron2 nor pcka_distill knows: write its adapter.
 
 The detector is a CenterNet in miniature (Zhou et al., 2019): a heatmap of object centres, one
-channel a class, and a box for each cell. What distillation needs to know about it is the 33 lines
+channel a class, and a box for each cell. What distillation needs to know about it is the 29 lines
 of CenterNetAdapter. Run it anywhere; it trains for a few iterations on the digits set:
 
     python examples/own_detector.py
@@ -25,7 +25,6 @@ from pcka_distill import (
     MimicLoss,
     PCKALoss,
     RCKALoss,
-    Taps,
     get_distill_cfg,
     register_adapter,
 )
@@ -92,13 +91,9 @@ class CenterNetAdapter(Adapter):
             taps.logits = {"heatmap": record["heatmap"][-1].output.flatten(2).mT}
         return taps
 
-    def run_teacher(self, model, batched_inputs, student, reads):
-        features, size = self.teacher_features(model, batched_inputs, student.padded_size)
-        taps = Taps(features=features, padded_size=size)
-        if "logits" in reads:
-            heatmap = self.cut(model.heatmap(features["p3"]), student.padded_size, model.stride)
-            taps.logits = {"heatmap": heatmap.flatten(2).mT}
-        return taps
+    def teacher_logits(self, model, features, student):
+        heatmap = self.cut(model.heatmap(features["p3"]), student.padded_size, model.stride)
+        return {"heatmap": heatmap.flatten(2).mT}
 
 
 def main(iterations):

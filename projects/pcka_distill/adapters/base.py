@@ -102,6 +102,25 @@ class Adapter:
             student: the student's taps of the same inputs.
             reads: see :meth:`hook_points`.
         """
+        features, size = self.teacher_features(model, batched_inputs, student.padded_size)
+        taps = Taps(features=features, regions=student.regions, padded_size=size)
+        if "logits" in reads:
+            taps.logits = self.teacher_logits(model, features, student)
+        return taps
+
+    def teacher_logits(
+        self, model: Any, features: dict[str, Tensor], student: Taps
+    ) -> dict[str, Tensor]:
+        """The teacher's logits from its feature maps, for the rows of the student's.
+
+        Args:
+            model: the teacher, in eval mode.
+            features: what :meth:`teacher_features` gave.
+            student: the student's taps of the same inputs.
+
+        Returns:
+            the student's groups -> logits.
+        """
         raise NotImplementedError
 
     def teacher_features(

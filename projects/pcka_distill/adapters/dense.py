@@ -74,29 +74,21 @@ class DenseAdapter(Adapter):
             taps.logits = self._groups(model, record["head"][-1].output[0])
         return taps
 
-    def run_teacher(
-        self,
-        model: Any,
-        batched_inputs: list[dict[str, Any]],
-        student: Taps,
-        reads: Collection[str],
-    ) -> Taps:
-        features, size = self.teacher_features(model, batched_inputs, student.padded_size)
-        taps = Taps(features=features, padded_size=size)
-        if "logits" in reads:
-            inputs = [features[f] for f in model.head_in_features]
-            # The box branch is half of the head's cost and nothing reads it.
-            if type(model.head) in _STOCK_HEADS:
-                logits = [model.head.cls_score(model.head.cls_subnet(x)) for x in inputs]
-            else:
-                logits = model.head(inputs)[0]
-            shapes = model.backbone.output_shape()
-            logits = [
-                self.cut(x, student.padded_size, shapes[f].stride)
-                for x, f in zip(logits, model.head_in_features)
-            ]
-            taps.logits = dict(zip(student.logits, self._groups(model, logits).values()))
-        return taps
+    def teacher_logits(
+        self, model: Any, features: dict[str, Tensor], student: Taps
+    ) -> dict[str, Tensor]:
+        inputs = [features[f] for f in model.head_in_features]
+        # The box branch is half of the head's cost and nothing reads it.
+        if type(model.head) in _STOCK_HEADS:
+            logits = [model.head.cls_score(model.head.cls_subnet(x)) for x in inputs]
+        else:
+            logits = model.head(inputs)[0]
+        shapes = model.backbone.output_shape()
+        logits = [
+            self.cut(x, student.padded_size, shapes[f].stride)
+            for x, f in zip(logits, model.head_in_features)
+        ]
+        return dict(zip(student.logits, self._groups(model, logits).values()))
 
     @staticmethod
     def _groups(model: Any, logits: list[Tensor]) -> dict[str, Tensor]:

@@ -126,26 +126,19 @@ class RCNNAdapter(Adapter):
                 taps.logits[group] = _logits(predictor, record[group][-1].output)
         return taps
 
-    def run_teacher(
-        self,
-        model: Any,
-        batched_inputs: list[dict[str, Any]],
-        student: Taps,
-        reads: Collection[str],
-    ) -> Taps:
-        features, size = self.teacher_features(model, batched_inputs, student.padded_size)
-        taps = Taps(features=features, regions=student.regions, padded_size=size)
-        if "logits" in reads:
-            head = _box_head(model)
-            maps = [features[f] for f in head.in_features]
-            for group, boxes in student.regions.items():
-                pooled = head.pooler(maps, boxes)
-                stages = list(zip(head.heads, head.predictors))
-                if group != "box":
-                    stages = [stages[min(int(group.removeprefix("stage")), len(stages) - 1)]]
-                logits = [
-                    _logits(predictor, predictor(box_head(pooled)))
-                    for box_head, predictor in stages
-                ]
-                taps.logits[group] = torch.stack(logits).mean(0)
-        return taps
+    def teacher_logits(
+        self, model: Any, features: dict[str, Tensor], student: Taps
+    ) -> dict[str, Tensor]:
+        groups = {}
+        head = _box_head(model)
+        maps = [features[f] for f in head.in_features]
+        for group, boxes in student.regions.items():
+            pooled = head.pooler(maps, boxes)
+            stages = list(zip(head.heads, head.predictors))
+            if group != "box":
+                stages = [stages[min(int(group.removeprefix("stage")), len(stages) - 1)]]
+            logits = [
+                _logits(predictor, predictor(box_head(pooled))) for box_head, predictor in stages
+            ]
+            groups[group] = torch.stack(logits).mean(0)
+        return groups
