@@ -27,11 +27,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pcka_distill.fused import Resize, dissimilarity_
 
 __all__ = ["LAYOUTS", "linear_cka", "mimic_loss", "patch_counts", "pcka_loss", "rcka_loss"]
 
@@ -43,6 +47,11 @@ _PERMUTATIONS: dict[str, tuple[tuple[int, ...], int, int]] = {
     "per_position": ((3, 5, 2, 4, 0, 1), 2, 2),  # p p | U V | B C
 }
 LAYOUTS = tuple(_PERMUTATIONS)
+
+# Bytes of patches, student's and teacher's, that are worked on at a time: what a core's second
+# cache holds; and, elsewhere, what costs little memory and still fills the device.
+_CACHE = 4 << 20
+_DEVICE_BUDGET = 32 << 20
 
 
 @contextlib.contextmanager
@@ -182,9 +191,7 @@ def _dissimilarity(x: Tensor, y: Tensor, center: bool, debiased: bool = False) -
     return torch.where(teachable, 1 - cka, torch.zeros_like(cka)).mean()
 
 
-def patch_counts(
-    shape: tuple[int, int, int, int], patch_size: int, layout: str
-) -> tuple[int, int, int]:
+def patch_counts(shape: Sequence[int], patch_size: int, layout: str) -> tuple[int, int, int]:
     """(G, N, P) of :func:`pcka_loss` for maps of a shape (B, C, H, W)."""
     b, c, height, width = shape
     u, v = -(-height // patch_size), -(-width // patch_size)
@@ -198,19 +205,122 @@ def patch_counts(
     )
 
 
+def _raised(shape: Sequence[int], patch_size: int) -> tuple[int, int]:
+    """The sides of a map (B, C, H, W) raised to the next multiples of the patch."""
+    height, width = (-(-side // patch_size) * patch_size for side in shape[-2:])
+    return height, width
+
+
+def _cut(x: Tensor, patch_size: int) -> Tensor:
+    """View x (B, C, H, W), of whole patches, as (B, C, U, p, V, p)."""
+    return x.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
+
+
 def _to_patches(x: Tensor, patch_size: int, layout: str) -> Tensor:
     """Cut x (B, C, H, W) into patches: (G, N, P), by layout.
 
     A side that is no multiple of the patch is first raised to the next one by bilinear
     interpolation, as in the paper's code.
     """
-    p = patch_size
-    height, width = (-(-side // p) * p for side in x.shape[-2:])
-    if (height, width) != tuple(x.shape[-2:]):
-        x = F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
-    b, c = x.shape[:2]
-    cells = x.reshape(b, c, height // p, p, width // p, p).permute(_PERMUTATIONS[layout][0])
-    return cells.reshape(patch_counts((b, c, height, width), p, layout))
+    size = _raised(x.shape, patch_size)
+    if size != x.shape[-2:]:
+        x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+    cells = _cut(x, patch_size).permute(_PERMUTATIONS[layout][0])
+    return cells.reshape(patch_counts(x.shape, patch_size, layout))
+
+
+class _FusedPCKA(torch.autograd.Function):
+    """:func:`pcka_loss` against a constant teacher, some groups at a time.
+
+    What a few groups need stays in a core's cache, and all that is kept is the student's
+    gradient: it is made together with the loss, and what backward does is to scale it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, gradient: bool, student: Tensor, teacher: Tensor, *settings: Any
+    ) -> Tensor:
+        loss, ctx.grad = _fused_pcka(gradient, student, teacher, *settings)
+        # No copies: both are there as long as the model's own graph is, or nearly so.
+        ctx.save_for_backward(student, teacher)
+        ctx.settings = settings
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        # It is given away, not copied; who goes through a retained graph again has it made again.
+        grad, ctx.grad = ctx.grad, None
+        student, teacher = ctx.saved_tensors
+        if grad is None:
+            with _full_precision(student.device):
+                grad = _fused_pcka(True, student, teacher, *ctx.settings)[1]
+        # Half-precision gradients are cast after the scale of AMP is in: before it they vanish.
+        out = grad if grad.dtype == student.dtype else torch.empty_like(student)
+        return None, torch.mul(grad, scale, out=out), *(None,) * (1 + len(ctx.settings))
+
+
+def _fused_pcka(
+    gradient: bool,
+    student: Tensor,
+    teacher: Tensor,
+    patch_size: int,
+    layout: str,
+    center: bool,
+    intra_weight: float,
+    inter_weight: float,
+) -> tuple[Tensor, Tensor | None]:
+    """The loss, and its gradient with respect to the student in at least fp32."""
+    order, n_group, n_sample = _PERMUTATIONS[layout]
+    groups, n, p = patch_counts(student.shape, patch_size, layout)
+    if n > p:
+        # intra of X is inter of X^T: have the smaller side relate.
+        n, p = p, n
+        split = n_group + n_sample
+        order = order[:n_group] + order[split:] + order[n_group:split]
+        intra_weight, inter_weight = inter_weight, intra_weight
+    inverse = tuple(order.index(i) for i in range(len(order)))
+    # Groups are cut off along the channels or the images; positions in a patch cannot be.
+    axis = order[0] if n_group == 1 else None
+    # Grams of half-precision features overflow.
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    on_cpu = student.device.type == "cpu"
+    budget = _CACHE * torch.get_num_threads() if on_cpu else _DEVICE_BUDGET
+    step = max(1, min(groups, budget // (2 * n * p * dtype.itemsize)))
+    raised = _raised(student.shape, patch_size)
+
+    loss = torch.zeros((), dtype=dtype, device=student.device)
+    grad = torch.empty_like(student, dtype=dtype) if gradient else None
+    steps = 1 if axis is None else -(-groups // step)
+    # All steps but the last are of one size, and work in the same memory.
+    z, by_x, resize = loss.new_empty(2, 0), None, None
+    for i in range(steps):
+        parts = [student, teacher] if grad is None else [student, teacher, grad]
+        if axis is not None:
+            parts = [x.narrow(axis, i * step, min(step, groups - i * step)) for x in parts]
+        count = groups if axis is None else parts[0].shape[axis]
+        if z.shape[1] != count:
+            z = loss.new_empty(2, count, n, p)
+            by_x = loss.new_empty(count, n, p) if gradient else None
+            resize = Resize(parts[0].shape, raised, z) if raised != student.shape[-2:] else None
+        for side, x in zip(z, parts):
+            cells = _cut(resize(x) if resize else x, patch_size)
+            by_group = cells.permute(order)
+            side.view(by_group.shape).copy_(by_group)
+        loss += dissimilarity_(
+            z,
+            by_x,
+            center=center,
+            intra_weight=intra_weight / groups,
+            inter_weight=inter_weight / groups,
+        )
+        if by_x is not None:
+            if not resize:
+                cells = _cut(parts[2], patch_size)
+            cells.copy_(by_x.view(by_group.shape).permute(inverse))
+            if resize:
+                parts[2].copy_(resize.gradient())
+    return loss, grad
 
 
 def pcka_loss(
@@ -254,7 +364,9 @@ def pcka_loss(
         debiased: see :func:`linear_cka`.
 
     Returns:
-        a scalar; 0 with a zero gradient for empty input.
+        a scalar; 0 with a zero gradient for empty input. The gradient is computed with it
+        (see :mod:`pcka_distill.fused`), so it can be differentiated once; with ``debiased``, or
+        where the teacher wants a gradient too, autograd does it, at several times the cost.
 
     Raises:
         ValueError: shapes differ, unknown layout, or a patch size below 1.
@@ -272,9 +384,15 @@ def pcka_loss(
         raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
     if patch_size < 1:
         raise ValueError(f"patch_size must be at least 1, got {patch_size}")
-    if student.numel() == 0:
+    if student.numel() == 0 or not (intra_weight or inter_weight):
         return _widen(student).sum() * 0
     with _full_precision(student.device):
+        if not (debiased or teacher.requires_grad):
+            gradient = student.requires_grad and torch.is_grad_enabled()
+            loss: Tensor = _FusedPCKA.apply(
+                gradient, student, teacher, patch_size, layout, center, intra_weight, inter_weight
+            )
+            return loss
         x = _to_patches(_widen(student), patch_size, layout)
         y = _to_patches(_widen(teacher), patch_size, layout)
         loss = x.new_zeros(())

@@ -1,0 +1,225 @@
+r"""1 - CKA of many pairs at once, with its gradient: five products, and no graph.
+
+What :mod:`pcka_distill.functional` defines, for the case that training spends its time in: the
+plain (biased) estimator, against a teacher that is a constant. The letters are those of its
+legend; X is the student's, Y the teacher's. With K = X X^T, L = Y Y^T and M = X Y^T, all N x N,
+
+    intra CKA = <K, L> / (|K| |L|)        inter CKA = |M|^2 / (|K| |L|)
+
+since <X^T X, Y^T Y> = |X Y^T|^2 and |X^T X| = |X X^T|: three products serve both, however large
+P is. Two more make the gradients,
+
+    d intra / dX = 2 (L / |L| - intra K / |K|) X / |K|
+    d inter / dX = 2 (M Y / |L| - inter K X / |K|) / |K|
+
+Centring makes the two differ: intra is centred over the samples, inter over the features. D is X
+centred over both, r and c are the means of the rows and columns that it lost, both centred:
+
+    intra: X = D + r 1^T, K = D D^T + P r r^T
+    inter: X = D + 1 c^T, K = D D^T + (D c) 1^T + 1 (D c)^T + |c|^2 1 1^T
+
+so that the products are still made only once, and the corrections are added, never subtracted.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Resize", "dissimilarity_"]
+
+
+@functools.lru_cache(maxsize=256)
+def _bands(
+    size: int, to: int, width: int, dtype: torch.dtype, device: torch.device
+) -> tuple[tuple[slice, slice, Tensor], ...]:
+    """A bilinear resize of one side, in bands of at most a width; none if there is none.
+
+    Returns:
+        (outputs, the inputs that they are made of, weights (outputs, inputs)) of each band.
+    """
+    if size == to:
+        return ()
+    eye = torch.eye(size, dtype=dtype, device=device)[None, None]
+    matrix = F.interpolate(eye, size=(to, size), mode="bilinear", align_corners=False)[0, 0]
+    bands = []
+    for start in range(0, to, width):
+        outputs = slice(start, min(start + width, to))
+        used = matrix[outputs].any(0).nonzero()
+        inputs = slice(int(used.min()), int(used.max()) + 1)
+        bands.append((outputs, inputs, matrix[outputs, inputs].contiguous()))
+    return tuple(bands)
+
+
+class Resize:
+    """Bilinear resize of maps of one shape (B, C, H, W), and its gradient, without a graph.
+
+    It is linear and separable, so it is a product with a band matrix from either side. Both
+    methods work in the same memory: what one returns holds until either is called again.
+
+    Args:
+        shape: (B, C, H, W) of what is resized.
+        to: its new sides.
+        like: a tensor of the type and on the device to work in.
+    """
+
+    def __init__(self, shape: torch.Size, to: tuple[int, int], like: Tensor) -> None:
+        b, c, h, w = shape
+        # A core is quickest on the few cells that are not zero, a GPU on one large product.
+        width = 16 if like.device.type == "cpu" else max(to)
+        rows, columns = (_bands(n, m, width, like.dtype, like.device) for n, m in zip((h, w), to))
+        # Height comes first, so that both products are plain matrix products.
+        self._small = like.new_empty(h, b, c, w)
+        self._tall = self._small.new_empty(to[0], b, c, w) if rows else self._small
+        self._large = self._small.new_empty(to[0], b, c, to[1]) if columns else self._tall
+        small, tall = self._small.view(h, -1), self._tall.view(to[0], -1)
+        self._rows = [(band, small[i], tall[o]) for o, i, band in rows]
+        narrow, wide = self._tall.view(-1, w), self._large.view(-1, to[1])
+        self._columns = [(band, narrow[:, i], wide[:, o]) for o, i, band in columns]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The resized maps (B, C, H', W') of x."""
+        self._small.copy_(x.permute(2, 0, 1, 3))
+        for band, small, tall in self._rows:
+            torch.mm(band, small, out=tall)
+        for band, narrow, wide in self._columns:
+            torch.mm(narrow, band.mT, out=wide)
+        return self._large.permute(1, 2, 0, 3)
+
+    def gradient(self) -> Tensor:
+        """The gradient (B, C, H, W) of x, once that of the resized maps is written over them."""
+        if self._columns:
+            self._tall.zero_()
+        for band, narrow, wide in self._columns:
+            narrow.addmm_(wide, band)
+        if self._rows:
+            self._small.zero_()
+        for band, small, tall in self._rows:
+            small.addmm_(band.mT, tall)
+        return self._small.permute(1, 2, 0, 3)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """<A, B> of (G, N, N) twice: (G, 1, 1)."""
+    return a.flatten(1).unsqueeze(1) @ b.flatten(1).unsqueeze(2)
+
+
+def _inverse_norms(grams: Tensor, lost: Tensor | None) -> tuple[Tensor, Tensor]:
+    """1 / |K| of Grams, 0 where nothing varies, and where something does.
+
+    Args:
+        grams: (2, G, N, N), K and L.
+        lost: (2, G, 1, 1), the traces of what centring took out, if it did.
+
+    Returns:
+        (2, G, 1, 1) twice.
+    """
+    info = torch.finfo(grams.dtype)
+    trace = grams.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    # So small a trace is the rounding error of the means that were taken out, or too small for
+    # the square of its Gram.
+    least = torch.full_like(trace, grams.shape[-1] * info.tiny**0.5)
+    if lost is not None:
+        least = torch.maximum(least, (16 * info.eps) ** 2 * (trace + lost))
+    # NaN must stay visible (it compares False both ways), so test for "does not vary".
+    varies = ~(trace <= least)
+    norms = torch.linalg.vector_norm(grams, dim=(-2, -1), keepdim=True)
+    return norms.reciprocal().masked_fill(~varies, 0), varies
+
+
+def _relation(
+    grams: Tensor, lost: Tensor | None, a: Tensor, b: Tensor, weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One relation of G pairs.
+
+    Args:
+        grams: (2, G, N, N), K and L.
+        lost: see :func:`_inverse_norms`.
+        a: (G, N, N).
+        b: (G, N, N), with <a, b> = <K, L>.
+        weight: of the relation.
+
+    Returns:
+        weight * (1 - CKA), summed over the pairs, and the factors (G, 1, 1) that K and L, or M,
+        have in its gradient.
+    """
+    inverse, varies = _inverse_norms(grams, lost)
+    product = inverse[0] * inverse[1]
+    cka = _dot(a, b) * product
+    loss = weight * torch.where(varies[1], 1 - cka, 0).sum()
+    return loss, 2 * weight * cka * inverse[0].square(), -2 * weight * product
+
+
+def dissimilarity_(
+    z: Tensor, grad: Tensor | None, *, center: bool, intra_weight: float, inter_weight: float
+) -> Tensor:
+    """intra_weight * (1 - CKA) of X and Y + inter_weight * (1 - CKA) of their transposes.
+
+    Args:
+        z: (2, G, N, P), X and Y stacked; contiguous, fp32 or fp64, and **overwritten**. It is fast
+            where N <= P.
+        grad: (G, N, P), written: the gradient with respect to X; None leaves it out.
+        center: centre over N for intra, over P for inter.
+        intra_weight: 0 leaves the relation out, but one is needed.
+        inter_weight: likewise.
+
+    Returns:
+        the sum of the losses over G, a scalar.
+    """
+    _, g, n, p = z.shape
+    columns = rows = lost = None
+    if center and intra_weight:
+        columns = z.mean(-2, keepdim=True)
+        z -= columns
+        lost = n * columns.square().sum((-2, -1), keepdim=True)
+    if center and inter_weight:
+        rows = z.mean(-1, keepdim=True)
+        z -= rows
+        if columns is None:
+            lost = p * rows.square().sum((-2, -1), keepdim=True)
+
+    x, y = z
+    flat = z.view(2 * g, n, p)
+    grams = torch.bmm(flat, flat.mT)
+    intra = inter = grams.view(2, g, n, n)
+    m = torch.bmm(x, y.mT) if inter_weight else None
+    left_out = None
+    if m is not None and columns is not None and rows is not None:
+        r = rows.view(2 * g, n, 1)
+        intra = torch.baddbmm(grams, r, r.mT, alpha=p).view(2, g, n, n)
+        # The rows c_x, c_y and 1, which D lacks.
+        left_out = z.new_ones(g, 3, p)
+        c = left_out[:, :2]
+        c.copy_((columns - columns.mean(-1, keepdim=True)).squeeze(2).transpose(0, 1))
+        cc = c @ c.mT
+        (x_cx, x_cy), (y_cx, y_cy) = ((d @ c.mT).split(1, -1) for d in z)
+        half = torch.stack([x_cx + cc[:, :1, :1] / 2, y_cy + cc[:, 1:, 1:] / 2])
+        inter = (inter + half).add_(half.mT)
+        m.add_(x_cy + cc[:, :1, 1:]).add_(y_cx.mT)
+
+    loss = z.new_zeros(())
+    of_x = of_y = None
+    lacking = []
+    if m is not None:
+        part, own, other = _relation(inter, lost, m, m, inter_weight)
+        loss += part
+        of_x, of_y = inter[0] * own, m * other
+        lacking = [of_x.sum(-1, keepdim=True), of_y.sum(-1, keepdim=True)]
+    if intra_weight:
+        part, own, other = _relation(intra, lost, intra[0], intra[1], intra_weight)
+        loss += part
+        alone = (intra[0] * own).addcmul_(intra[1], other)
+        if rows is not None:
+            lacking.append(alone @ rows[0])
+        of_x = alone if of_x is None else of_x.add_(alone)
+    if grad is None or of_x is None:
+        return loss
+    torch.bmm(of_x, x, out=grad)
+    if of_y is not None:
+        grad.baddbmm_(of_y, y)
+    if left_out is not None:
+        grad.baddbmm_(torch.cat(lacking, -1), left_out)
+    return loss

@@ -1,0 +1,202 @@
+"""The fused PCKA: equal to the plain form, and no more work than it promises."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pcka_distill import functional
+from pcka_distill.functional import LAYOUTS, patch_counts, pcka_loss
+
+ATEN = torch.ops.aten
+WEIGHTS = [(1.0, 0.0), (0.0, 2.0), (3.0, 2.0)]
+
+
+def rand(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def plain(student, teacher, patch_size, layout, center, intra_weight, inter_weight):
+    """The form that autograd differentiates; test_functional.py holds it to the definition."""
+    x, y = (functional._to_patches(z, patch_size, layout) for z in (student, teacher))
+    loss = intra_weight * functional._dissimilarity(x, y, center)
+    return loss + inter_weight * functional._dissimilarity(x.mT, y.mT, center)
+
+
+def both_forms(student, teacher, *settings, scale=1.0):
+    """(loss, gradient) of the fused and of the plain form."""
+    results = []
+    names = ("patch_size", "layout", "center", "intra_weight", "inter_weight")
+    for form in (lambda s: pcka_loss(s, teacher, **dict(zip(names, settings))),
+                 lambda s: plain(s, teacher, *settings)):  # fmt: skip
+        x = student.clone().requires_grad_()
+        loss = form(x)
+        (loss * scale).backward()
+        results.append((loss.detach(), x.grad))
+    return results
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("weights", WEIGHTS)
+# N < P, N > P, sides that are raised (both, one, none), many steps and one.
+@pytest.mark.parametrize(
+    ("shape", "patch"), [((2, 5, 9, 13), 4), ((3, 4, 16, 7), 2), ((1, 3, 8, 12), 4)]
+)
+@pytest.mark.parametrize("cache", [1, 1 << 30])
+def test_equal_to_the_plain_form(layout, center, weights, shape, patch, cache, monkeypatch):
+    monkeypatch.setattr(functional, "_CACHE", cache)
+    s = rand(*shape, dtype=torch.float64)
+    t = 0.5 * s + rand(*shape, seed=1, dtype=torch.float64)
+    (loss, grad), (expected, expected_grad) = both_forms(
+        s, t, patch, layout, center, *weights, scale=7.0
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("layout", ["spatial", "sample"])
+@pytest.mark.parametrize("center", [True, False])
+def test_equal_to_the_plain_form_in_fp32(layout, center):
+    s, t = rand(2, 8, 50, 84), rand(2, 8, 50, 84, seed=1) + 3.0
+    (loss, grad), (expected, expected_grad) = both_forms(s + t, t, 16, layout, center, 1.0, 1.0)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    difference = (grad - expected_grad).norm() / expected_grad.norm()
+    assert difference < (2e-5 if center else 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_equal_to_the_plain_form_under_autocast(dtype):
+    """A half-precision map is widened; its gradient is cast only after AMP's scale is in."""
+    s, t = rand(2, 4, 20, 24).to(dtype), rand(2, 4, 20, 24, seed=1).to(dtype)
+    scale = 65536.0
+    x, wide = s.clone().requires_grad_(), s.float().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = pcka_loss(x, t, patch_size=8, inter_weight=1.0)
+    (loss * scale).backward()
+    expected = plain(wide, t.float(), 8, "spatial", True, 1.0, 1.0)
+    (expected * scale).backward()
+    assert loss.dtype == torch.float32 and x.grad.dtype == dtype
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(x.grad, wide.grad.to(dtype))
+
+
+def test_a_teacher_in_half_precision():
+    s, t = rand(2, 4, 16, 24), rand(2, 4, 16, 24, seed=1).bfloat16()
+    torch.testing.assert_close(pcka_loss(s, t, patch_size=8), pcka_loss(s, t.float(), patch_size=8))
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_any_memory_format(memory_format):
+    s, t = rand(2, 6, 20, 24), rand(2, 6, 20, 24, seed=1)
+    expected = torch.autograd.grad(
+        pcka_loss(x := s.clone().requires_grad_(), t, patch_size=8, inter_weight=1.0), x
+    )[0]
+    x = s.to(memory_format=memory_format).requires_grad_()
+    t = torch.cat([t, t], 1).to(memory_format=memory_format)[:, :6]
+    pcka_loss(x, t, patch_size=8, inter_weight=1.0).backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_a_retained_graph_can_be_gone_through_again():
+    """The gradient is given away, so the second time it has to be made again."""
+    x, t = rand(2, 4, 9, 9).requires_grad_(), rand(2, 4, 9, 9, seed=1)
+    loss = 2 * pcka_loss(x, t, patch_size=4)
+    first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+    third = torch.autograd.grad(3 * loss, x)[0]
+    assert first.data_ptr() != second.data_ptr()
+    assert torch.equal(first, second)
+    torch.testing.assert_close(third, 3 * first)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, x)
+
+
+def test_a_teacher_that_wants_a_gradient_gets_it():
+    s, t = rand(2, 4, 9, 9).requires_grad_(), rand(2, 4, 9, 9, seed=1).requires_grad_()
+    pcka_loss(s, t, patch_size=4).backward()
+    mirrored = torch.autograd.grad(pcka_loss(t, s.detach(), patch_size=4), t)[0]
+    torch.testing.assert_close(t.grad, mirrored)
+
+
+def test_without_a_gradient_none_is_made():
+    s, t = rand(2, 4, 9, 9), rand(2, 4, 9, 9, seed=1)
+    with_gradient = pcka_loss(s.clone().requires_grad_(), t, patch_size=4, inter_weight=1.0)
+    assert not pcka_loss(s, t, patch_size=4).requires_grad
+    with torch.no_grad():
+        loss = pcka_loss(s.requires_grad_(), t, patch_size=4, inter_weight=1.0)
+    assert not loss.requires_grad and torch.equal(loss, with_gradient)
+
+
+def test_no_weights_no_loss():
+    x = rand(1, 2, 8, 8).requires_grad_()
+    loss = pcka_loss(x, rand(1, 2, 8, 8, seed=1), patch_size=4, intra_weight=0.0)
+    loss.backward()
+    assert loss.item() == 0 and (x.grad == 0).all()
+
+
+# ---- what it costs, in operations: no seconds ------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """Counts what reaches the kernels: operations, multiplications, the largest result."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = self.largest = self.multiplications = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count += 1
+        if func.overloadpacket in (ATEN.bmm, ATEN.baddbmm, ATEN.baddbmm_):
+            a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
+            self.multiplications += a.numel() * b.shape[-1]
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                # A view of something large, or an expanded scalar, is nothing new.
+                self.largest = max(self.largest, min(x.numel(), x.untyped_storage().nbytes() // 4))
+        return out
+
+
+def step(shape, **options):
+    s, t = rand(*shape).requires_grad_(), rand(*shape, seed=1)
+    pcka_loss(s, t, **options).backward()
+
+
+def test_no_large_gram_and_no_copy():
+    """Never P x P (2048 x 2048 here), and nothing larger than the maps once some groups fit."""
+    shape = (8, 16, 64, 96)
+    with Operations() as seen:
+        step(shape, inter_weight=1.0)
+    assert patch_counts(shape, 16, "spatial") == (16, 24, 2048)
+    assert seen.largest <= 2 * 8 * 16 * 64 * 96
+    assert seen.largest < 2048 * 2048
+
+
+def test_no_loop_over_channels(monkeypatch):
+    monkeypatch.setattr(functional, "_CACHE", 1 << 30)
+    counts = []
+    for channels in (2, 64):
+        with Operations() as seen:
+            step((2, channels, 20, 24), patch_size=4, inter_weight=1.0)
+        counts.append(seen.count)
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    ("layout", "weights", "products"),
+    # K, L and the gradient; with inter also M, and the gradient's other half.
+    [("spatial", (1.0, 0.0), 3), ("spatial", (1.0, 1.0), 5), ("sample", (1.0, 1.0), 5)],
+)
+@pytest.mark.parametrize("center", [True, False])
+def test_the_products_are_made_once(layout, weights, products, center):
+    """On the smaller side, however large the other is; what is left is thin."""
+    shape, patch = (2, 8, 64, 96), 16 if layout == "spatial" else 2
+    groups, n, p = patch_counts(shape, patch, layout)
+    n, p = sorted((n, p))
+    with Operations() as seen:
+        step(
+            shape, patch_size=patch, layout=layout, center=center,
+            intra_weight=weights[0], inter_weight=weights[1],
+        )  # fmt: skip
+    least = products * groups * n * n * p
+    thin = groups * n * (10 * (n + p) if products == 5 else n)
+    assert least <= seen.multiplications <= least + thin
