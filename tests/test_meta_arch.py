@@ -24,6 +24,7 @@ from pcka_distill import (
     UserError,
     student_config,
 )
+from pcka_distill.adapters import prepare_alike
 from pcka_distill.recorder import Recorder
 
 LOSSES = ["PCKALoss", "RCKALoss", "MimicLoss"]
@@ -194,6 +195,145 @@ def test_only_what_a_loss_reads_is_run(family, losses, expected, teacher_files, 
         _count_calls(part, counts, name)
     step(model, batch)
     assert counts == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("losses", [["PCKALoss"], LOSSES])
+def test_images_are_prepared_once_where_both_do_it_alike(
+    family, losses, teacher_files, batch, monkeypatch
+):
+    """And the losses are those of a teacher that prepares its own, bit for bit."""
+    results, counts = [], []
+    for alike in (True, False):
+        model = build(family, teacher_files, losses)
+        assert model._alike
+        model._alike = alike
+        teacher, calls = model.teacher.model, []
+        prepare = teacher.preprocess_image
+
+        def counted(inputs, prepare=prepare, calls=calls):
+            calls.append(1)
+            return prepare(inputs)
+
+        monkeypatch.setattr(teacher, "preprocess_image", counted)
+        results.append(step(model, batch))
+        counts.append(len(calls))
+    assert counts == [0, 1]
+    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+
+
+def test_who_prepares_images_in_another_way_does_so():
+    def detector(**changes):
+        model = build_model(digits_cfg("retinanet"))
+        for name, value in changes.items():
+            setattr(model, name, value)
+        return model
+
+    class Own(type(detector())):
+        def preprocess_image(self, batched_inputs):
+            raise NotImplementedError
+
+    assert prepare_alike(detector(), detector())
+    assert not prepare_alike(detector(), detector(pixel_std=torch.full((3, 1, 1), 58.0)))
+    own = detector()
+    own.__class__ = Own
+    assert not prepare_alike(detector(), own) and not prepare_alike(own, detector())
+    coarse = detector()
+    coarse.backbone._size_divisibility *= 2
+    assert prepare_alike(coarse, detector()) and not prepare_alike(detector(), coarse)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_teacher_in_another_precision(family, teacher_files, batch):
+    """Its maps are of that type, its boxes stay exact, and the losses are nearly the same."""
+    exact = step(build(family, teacher_files, LOSSES), batch)
+    model = build(family, teacher_files, LOSSES, "MODEL.DISTILL.TEACHER.PRECISION", "bfloat16")
+    seen = []
+    model.teacher.model.backbone.register_forward_hook(
+        lambda _, __, maps: seen.extend(x.dtype for x in maps.values())
+    )
+    if family != "retinanet" and hasattr(model.teacher.model, "roi_heads"):
+        heads = model.teacher.model.roi_heads
+        pooler = heads.pooler if family == "c4_rcnn" else heads.box_pooler
+        pooler.register_forward_hook(lambda _, __, x: seen.append(x.dtype))
+        assert step(model, batch) and seen.pop() == torch.float32
+    losses = step(model, batch)
+    assert torch.bfloat16 in seen
+    for name, value in losses.items():
+        assert value.dtype == torch.float32
+        # Of a random head the best-scored places, which RCKA takes, are a matter of rounding.
+        chosen = name.startswith("loss_rcka") and family in ("retinanet", "fcos")
+        tolerance = 0.2 if chosen else 0.02
+        assert value.item() == pytest.approx(exact[name].item(), rel=0.05, abs=tolerance), name
+    sum(losses.values()).backward()
+
+
+def test_the_students_autocast_is_not_the_teachers(teacher_files, batch):
+    """ "float32" is never less, "" is what the student runs in."""
+    for precision, expected in (("", torch.bfloat16), ("float32", torch.float32)):
+        model = build(
+            "retinanet", teacher_files, ["PCKALoss"], "MODEL.DISTILL.TEACHER.PRECISION", precision
+        )
+        seen = []
+        model.teacher.model.backbone.register_forward_hook(
+            lambda _, __, maps, seen=seen: seen.append(maps["p3"].dtype)
+        )
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses = step(model, batch)
+        assert seen == [expected]
+        sum(losses.values()).backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_teacher_with_channels_last(teacher_files, batch):
+    exact = step(build("retinanet", teacher_files), batch)
+    model = build(
+        "retinanet", teacher_files, LOSSES[:1], "MODEL.DISTILL.TEACHER.CHANNELS_LAST", True
+    )
+    assert model.teacher.model.backbone.fpn_lateral3.weight.is_contiguous(
+        memory_format=torch.channels_last
+    )
+    losses = step(model, batch)
+    for name, value in losses.items():
+        torch.testing.assert_close(value, exact[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_teacher(teacher_files, batch, monkeypatch):
+    """Its backbone is; what the compiler cannot do is said on one line."""
+    key = ("MODEL.DISTILL.TEACHER.COMPILE", True)
+    exact = step(build("retinanet", teacher_files), batch)
+    compiled = []
+    compile_now = nn.Module.compile
+    with monkeypatch.context() as patch:
+        # The graph is captured as usual, and run as it is: no compiler is needed here.
+        patch.setattr(
+            nn.Module, "compile",
+            lambda self: (compiled.append(self), compile_now(self, backend="eager")),
+        )  # fmt: skip
+        model = build("retinanet", teacher_files, ["PCKALoss"], *key)
+    losses = step(model, batch)
+    assert compiled == [model.teacher.model.backbone]
+    assert all(torch.allclose(losses[k], exact[k]) for k in exact)
+
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Module, "compile", lambda self: compile_now(self, backend=broken))
+        model = build("retinanet", teacher_files, ["PCKALoss"], *key)
+    with pytest.raises(UserError, match=r"no compiler here.*TEACHER\.COMPILE False"):
+        step(model, batch)
+
+
+@pytest.mark.parametrize(
+    ("precision", "message"),
+    [("half", "expected '', 'float32'"), ("float16", "needs a CUDA device")],
+)
+def test_precisions_that_cannot_be(precision, message, teacher_files):
+    with pytest.raises(UserError, match=message):
+        build(
+            "retinanet", teacher_files, ["PCKALoss"], "MODEL.DISTILL.TEACHER.PRECISION", precision
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -475,6 +615,19 @@ def test_other_padding_is_not_compared_misaligned(mine, theirs):
         torch.testing.assert_close(a[:, : rows - 2], b[:, : rows - 2])
 
 
+def test_a_teacher_pads_no_further_than_it_must(batch):
+    """An FPN may have levels that are coarser than what its images are padded to."""
+    model = unequal(losses=[MimicLoss(levels=("p3",))])
+    backbone = model.teacher.model.backbone
+    backbone._out_feature_strides = {**backbone._out_feature_strides, "p5": 128}
+    assert backbone.padding_constraints and backbone.size_divisibility == 32
+    seen = []
+    backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2:]))
+    model._alike = False
+    step(model, batch)
+    assert seen == [(96, 96)]
+
+
 def test_channel_order_is_translated(batch):
     """The teacher was trained on RGB: it must see the reversed channels of the student's BGR."""
     seen = {}
@@ -524,7 +677,9 @@ def test_classes_are_paired_by_name(family, batch):
         assert torch.equal(logits, whole[group][..., columns])
         assert probe.teacher.logits[group].shape == logits.shape
     # The teacher's dog and cat, in the student's order.
-    whole = model._teacher_adapter.run_teacher(teacher, batch, probe.student, {"logits"}).logits
+    adapter = model._teacher_adapter
+    maps = adapter.teacher_features(teacher, batch, probe.student, alike=False)
+    whole = adapter.teacher_logits(teacher, maps, probe.student)
     for group, logits in whole.items():
         theirs = [2, 1] if family == "retinanet" else [2, 1, 4]
         assert torch.equal(probe.teacher.logits[group], logits[..., theirs])

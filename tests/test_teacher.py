@@ -22,6 +22,7 @@ from pcka_distill import (
     register_config,
 )
 from pcka_distill.build import build_teacher
+from pcka_distill.structures import Taps
 
 
 @pytest.fixture
@@ -237,8 +238,13 @@ def test_a_transformer_without_a_square_covers_the_students_extent(tmp_path):
     cfg, _ = lazy_teacher("vitdet", tmp_path, "MODEL.DISTILL.TEACHER.OPTS", opts)
     model = build_model(cfg)
     adapter = find_adapter(model.teacher.model)
-    _, size = adapter.teacher_features(model.teacher.model, make_batch(sizes=((90, 97),)), (90, 97))
-    assert size == (96, 128)
+    student = Taps(images=torch.zeros(1, 3, 90, 97))
+    maps = adapter.teacher_features(
+        model.teacher.model, make_batch(sizes=((90, 97),)), student, alike=False
+    )
+    shapes = model.teacher.model.backbone.output_shape()
+    covered = {tuple(side * shapes[f].stride for side in x.shape[-2:]) for f, x in maps.items()}
+    assert covered == {(96, 128)}
 
 
 def test_overrides_of_a_lazy_config(tmp_path):

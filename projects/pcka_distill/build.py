@@ -21,10 +21,11 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from omegaconf import OmegaConf
 from torch import nn
 
+from pcka_distill.cache import FeatureCache
 from pcka_distill.config import add_pcka_distill_config
 from pcka_distill.errors import UserError, reason
 from pcka_distill.losses import DISTILL_LOSS_REGISTRY, DistillLoss
-from pcka_distill.teacher import FrozenTeacher, load_teacher_weights
+from pcka_distill.teacher import FrozenTeacher, fingerprint, load_teacher_weights
 
 __all__ = [
     "build_losses",
@@ -267,6 +268,14 @@ def _read_lazy_teacher(path: str, opts: list[Any], device: str) -> _TeacherPlan:
     )
 
 
+_PRECISIONS = {
+    "": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
 def build_teacher(cfg: CfgNode, *, read_classes: bool = True) -> FrozenTeacher:
     """The teacher of ``MODEL.DISTILL.TEACHER``, with all of its weights loaded.
 
@@ -281,6 +290,15 @@ def build_teacher(cfg: CfgNode, *, read_classes: bool = True) -> FrozenTeacher:
         raise UserError(
             "the teacher has no config; set MODEL.DISTILL.TEACHER.CONFIG_FILE to a path or to a "
             "name in Detectron2's model zoo"
+        )
+    if node.PRECISION not in _PRECISIONS:
+        raise UserError(
+            f"unknown MODEL.DISTILL.TEACHER.PRECISION {node.PRECISION!r}, expected "
+            f"{', '.join(repr(x) for x in _PRECISIONS)}"
+        )
+    if node.PRECISION == "float16" and not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise UserError(
+            "MODEL.DISTILL.TEACHER.PRECISION float16 needs a CUDA device; set it to bfloat16"
         )
     found = _find_config(node.CONFIG_FILE)
     if found is None:
@@ -316,8 +334,19 @@ def build_teacher(cfg: CfgNode, *, read_classes: bool = True) -> FrozenTeacher:
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
         f"{loaded} of {len(model.state_dict())} tensors loaded from {weights}"
     )
-    classes = class_names(plan.datasets) if read_classes else None
-    return FrozenTeacher(model, input_format=plan.input_format, classes=classes)
+    cache = None
+    if node.CACHE.DIR:
+        owner = f"{fingerprint(model)} {node.PRECISION} {plan.input_format} {cfg.INPUT.FORMAT}"
+        cache = FeatureCache(node.CACHE.DIR, int(node.CACHE.MAX_GB * 2**30), owner)
+    return FrozenTeacher(
+        model,
+        input_format=plan.input_format,
+        classes=class_names(plan.datasets) if read_classes else None,
+        precision=_PRECISIONS[node.PRECISION],
+        channels_last=node.CHANNELS_LAST,
+        compiled=node.COMPILE,
+        cache=cache,
+    )
 
 
 def class_names(datasets: Sequence[str]) -> list[str] | None:

@@ -8,12 +8,16 @@ __all__ = ["add_pcka_distill_config"]
 
 
 def add_pcka_distill_config(cfg: CN) -> None:
-    """Add ``MODEL.DISTILL``, ``MODEL.FCOS`` and ``SOLVER.OPTIMIZER`` with their defaults."""
+    """Add ``MODEL.DISTILL``, ``MODEL.FCOS`` and three keys of ``SOLVER``, with their defaults."""
     # "SGD" is Detectron2's own. "AdamW" reads SOLVER.BASE_LR and WEIGHT_DECAY. It has to live
     # outside MODEL.DISTILL because a plain student and a teacher are trained with it too.
     # Other projects add the same key: theirs stays.
     if "OPTIMIZER" not in cfg.SOLVER:
         cfg.SOLVER.OPTIMIZER = "SGD"
+    # Take each batch in so many parts, and make one update of their mean gradient.
+    cfg.SOLVER.ACCUMULATION_STEPS = 1
+    # Compute the activations of the trained ResNet again in backward instead of keeping them.
+    cfg.SOLVER.ACTIVATION_CHECKPOINT = False
 
     cfg.MODEL.DISTILL = CN()
     # The student's own meta-architecture, e.g. "RetinaNet"; the rest of MODEL describes it.
@@ -31,6 +35,18 @@ def add_pcka_distill_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.TEACHER.OPTS = []
     # Only warn if its checkpoint does not fit it exactly, instead of refusing to run.
     cfg.MODEL.DISTILL.TEACHER.ALLOW_PARTIAL = False
+
+    # What it is run in: "float32", "bfloat16", "float16" (CUDA only), or "" for the student's.
+    cfg.MODEL.DISTILL.TEACHER.PRECISION = ""
+    # Memory layout of its weights and maps; pays on a CPU, and on tensor cores.
+    cfg.MODEL.DISTILL.TEACHER.CHANNELS_LAST = False
+    # torch.compile its backbone: slow at first and again for new image sizes, then faster.
+    cfg.MODEL.DISTILL.TEACHER.COMPILE = False
+    # Keep its feature maps on disk, for training images that come back unchanged (no random
+    # crops or sizes, batches of one padded size). DIR "" keeps none.
+    cfg.MODEL.DISTILL.TEACHER.CACHE = CN()
+    cfg.MODEL.DISTILL.TEACHER.CACHE.DIR = ""
+    cfg.MODEL.DISTILL.TEACHER.CACHE.MAX_GB = 20.0
 
     # Common to the losses:
     #   WEIGHT        factor of the loss

@@ -11,9 +11,9 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
-from torch import nn
+from torch import Tensor, nn
 
-from pcka_distill.adapters import find_adapter
+from pcka_distill.adapters import find_adapter, prepare_alike
 from pcka_distill.build import (
     build_losses,
     build_student,
@@ -124,6 +124,7 @@ class DistillationModel(nn.Module):
             self._pair(teacher.model, smallest_batch)
         if "logits" in self._reads:
             self._pair_logits(teacher, classes)
+        self._alike = not self._flip_channels and prepare_alike(student, teacher.model)
         self._recorder = Recorder(self._student_adapter.hook_points(student, self._reads))
         self.distill.to(next(student.parameters()).device)
 
@@ -265,7 +266,7 @@ class DistillationModel(nn.Module):
                 self.student, record, self._reads, batched_inputs
             )
         assert self.teacher is not None  # with losses the constructor asks for one
-        teacher = self._teach(self.teacher.model, batched_inputs, student)
+        teacher = self._teach(self.teacher, batched_inputs, student)
         if self._classes is not None:
             for taps, adapter, model, indices in (
                 (student, self._student_adapter, self.student, self._classes[0]),
@@ -283,15 +284,33 @@ class DistillationModel(nn.Module):
                 losses[name] = value if factor == 1.0 else factor * value
         return losses
 
-    @torch.no_grad()
-    def _teach(self, model: nn.Module, batched_inputs: list[dict[str, Any]], student: Taps) -> Taps:
+    def _teach(
+        self, frozen: FrozenTeacher, batched_inputs: list[dict[str, Any]], student: Taps
+    ) -> Taps:
+        """Run those parts of the teacher that the losses read."""
+        adapter, model = self._teacher_adapter, frozen.model
         if self._flip_channels:
             batched_inputs = [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
-        teacher = self._teacher_adapter.run_teacher(model, batched_inputs, student, self._reads)
-        if self.pairs:
-            teacher.features = align(
-                teacher.features, student.features, self.pairs, student.padded_size
-            )
+
+        def features() -> dict[str, Tensor]:
+            maps = adapter.teacher_features(model, batched_inputs, student, alike=self._alike)
+            if "logits" in self._reads:
+                return maps
+            return {pair.teacher: maps[pair.teacher] for pair in self.pairs.values()}
+
+        with frozen.running():
+            if frozen.cache is None:
+                maps = features()
+            else:
+                images = [x["image"] for x in batched_inputs]
+                maps = frozen.cache.fetch(images, student.padded_size, frozen.device, features)
+                rate = frozen.cache.hits / (frozen.cache.hits + frozen.cache.misses)
+                get_event_storage().put_scalar("teacher_cache_hits", rate, smoothing_hint=False)
+            teacher = Taps(features=maps, regions=student.regions)
+            if "logits" in self._reads:
+                teacher.logits = adapter.teacher_logits(model, maps, student)
+            if self.pairs:
+                teacher.features = align(maps, student.features, self.pairs, student.padded_size)
         return teacher
 
 
@@ -343,7 +362,7 @@ def _pair_classes(
 
 
 def _smallest_batch(cfg: CfgNode, student: Any) -> tuple[int, int, int] | None:
-    """(B, height, width) of the smallest batch that a config can give one process, in pixels.
+    """(B, height, width) of the smallest batch that a config can give a forward, in pixels.
 
     None where the config does not say: images that are not resized to a known short side.
     """
@@ -352,4 +371,5 @@ def _smallest_batch(cfg: CfgNode, student: Any) -> tuple[int, int, int] | None:
     backbone = getattr(student, "backbone", None)
     divisor = max(getattr(backbone, "size_divisibility", 0), 1)
     side = -(-min(cfg.INPUT.MIN_SIZE_TRAIN) // divisor) * divisor
-    return max(1, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()), side, side
+    forwards = comm.get_world_size() * cfg.SOLVER.ACCUMULATION_STEPS
+    return max(1, cfg.SOLVER.IMS_PER_BATCH // forwards), side, side

@@ -24,12 +24,17 @@ class Taps:
             for, in pixels of the network's input. Empty for dense detectors.
         foreground: group of a dense head -> (B, H*W*A) bool, the rows of its logits that the
             student's own labels match with an object.
-        padded_size: (height, width) of the batch after padding, in pixels: every feature map
-            covers this extent.
+        images: (B, 3, H, W), the batch after normalisation and padding.
     """
 
     features: dict[str, Tensor] = field(default_factory=dict)
     logits: dict[str, Tensor] = field(default_factory=dict)
     regions: dict[str, list[Any]] = field(default_factory=dict)
     foreground: dict[str, Tensor] = field(default_factory=dict)
-    padded_size: tuple[int, int] = (0, 0)
+    images: Tensor | None = None
+
+    @property
+    def padded_size(self) -> tuple[int, int]:
+        """(height, width) of the images, in pixels: every feature map covers this extent."""
+        height, width = (0, 0) if self.images is None else self.images.shape[-2:]
+        return height, width

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
+from pcka_distill.cache import FeatureCache
 from pcka_distill.checkpoint import StrictCheckpointer
 from pcka_distill.errors import UserError, reason
 
-__all__ = ["FrozenTeacher", "load_teacher_weights"]
+__all__ = ["FrozenTeacher", "fingerprint", "load_teacher_weights"]
 
 # A child of Detectron2's logger, so that it is seen wherever that one is.
 logger = logging.getLogger(f"detectron2.{__name__}")
+
+_DIGEST = 16
 
 
 class FrozenTeacher:
@@ -33,6 +39,10 @@ class FrozenTeacher:
             when it is the student's.
         classes: names of its classes, in the order of its logits; None when they are the
             student's.
+        precision: to run it in, under autocast; None is the student's.
+        channels_last: lay its weights and maps out that way.
+        compiled: run its backbone through ``torch.compile``.
+        cache: where its feature maps are kept; None keeps none.
     """
 
     def __init__(
@@ -41,14 +51,71 @@ class FrozenTeacher:
         *,
         input_format: str | None = None,
         classes: Sequence[str] | None = None,
+        precision: torch.dtype | None = None,
+        channels_last: bool = False,
+        compiled: bool = False,
+        cache: FeatureCache | None = None,
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)
         self.input_format = input_format
         self.classes = classes
+        self.cache = cache
+        self._precision = precision
+        self._compiled = compiled
+        if channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        if compiled:
+            backbone: Any = self.model.backbone
+            backbone.compile()
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """What is run inside is run without gradient, in the teacher's precision.
+
+        Not in inference mode: it is no faster here, and a loss could not save its tensors for
+        the student's backward.
+
+        Raises:
+            UserError: its backbone cannot be compiled.
+        """
+        autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self._precision is not None:
+            lower = self._precision != torch.float32
+            dtype = self._precision if lower else None
+            autocast = torch.autocast(self.device.type, dtype=dtype, enabled=lower)
+        try:
+            with torch.no_grad(), autocast:
+                yield
+        except Exception as e:
+            compiler = type(e).__module__.startswith(("torch._dynamo", "torch._inductor"))
+            if not (self._compiled and compiler):
+                raise
+            raise UserError(
+                f"the teacher cannot be compiled: {reason(e)}; set "
+                "MODEL.DISTILL.TEACHER.COMPILE False"
+            ) from e
 
     def apply(self, fn: Callable[[Any], Any]) -> None:
         """Apply a tensor function (``to``, ``cuda``, ``half``) as ``nn.Module`` would."""
         self.model._apply(fn)
+
+
+def fingerprint(model: Any) -> str:
+    """A digest of all that a model computes with: its class, its weights, its normalisation."""
+    digest = hashlib.blake2b(type(model).__name__.encode(), digest_size=_DIGEST)
+    # In newer versions of Detectron2 the normalisation is no part of the state.
+    names = ("pixel_mean", "pixel_std")
+    tensors = {name: getattr(model, name) for name in names if hasattr(model, name)}
+    for name, x in sorted({**model.state_dict(), **tensors}.items()):
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(x.contiguous().cpu().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_teacher_weights(model: nn.Module, path: str, *, allow_partial: bool = False) -> int:

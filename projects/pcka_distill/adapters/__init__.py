@@ -1,7 +1,14 @@
 """Detector families: where to read a detector, found by its class."""
 
-from pcka_distill.adapters.base import Adapter, find_adapter, register_adapter
+from pcka_distill.adapters.base import Adapter, find_adapter, prepare_alike, register_adapter
 from pcka_distill.adapters.dense import DenseAdapter
 from pcka_distill.adapters.rcnn import RCNNAdapter
 
-__all__ = ["Adapter", "DenseAdapter", "RCNNAdapter", "find_adapter", "register_adapter"]
+__all__ = [
+    "Adapter",
+    "DenseAdapter",
+    "RCNNAdapter",
+    "find_adapter",
+    "prepare_alike",
+    "register_adapter",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from pcka_distill.errors import UserError
 from pcka_distill.recorder import Call
 from pcka_distill.structures import Taps
 
-__all__ = ["Adapter", "Record", "find_adapter", "register_adapter"]
+__all__ = ["Adapter", "Record", "find_adapter", "prepare_alike", "register_adapter"]
 
 #: name of a hook point -> its calls, in order
 Record = Mapping[str, list[Call]]
@@ -84,29 +85,7 @@ class Adapter:
             batched_inputs: what it was given.
         """
         call = record["backbone"][-1]
-        images = call.args[0]
-        return Taps(features=dict(call.output), padded_size=tuple(images.shape[-2:]))
-
-    def run_teacher(
-        self,
-        model: Any,
-        batched_inputs: list[dict[str, Any]],
-        student: Taps,
-        reads: Collection[str],
-    ) -> Taps:
-        """Run only those parts of a teacher that the losses read.
-
-        Args:
-            model: the teacher, in eval mode.
-            batched_inputs: raw inputs; the teacher normalises and pads them in its own way.
-            student: the student's taps of the same inputs.
-            reads: see :meth:`hook_points`.
-        """
-        features, size = self.teacher_features(model, batched_inputs, student.padded_size)
-        taps = Taps(features=features, regions=student.regions, padded_size=size)
-        if "logits" in reads:
-            taps.logits = self.teacher_logits(model, features, student)
-        return taps
+        return Taps(features=dict(call.output), images=call.args[0])
 
     def teacher_logits(
         self, model: Any, features: dict[str, Tensor], student: Taps
@@ -124,16 +103,23 @@ class Adapter:
         raise NotImplementedError
 
     def teacher_features(
-        self, model: Any, batched_inputs: list[dict[str, Any]], padded_size: tuple[int, int]
-    ) -> tuple[dict[str, Tensor], tuple[int, int]]:
+        self, model: Any, batched_inputs: list[dict[str, Any]], student: Taps, *, alike: bool
+    ) -> dict[str, Tensor]:
         """The teacher's feature maps, over at least the extent that the student's cover.
 
+        Args:
+            model: the teacher, in eval mode.
+            batched_inputs: raw inputs, for it to normalise and pad in its own way.
+            student: the student's taps of the same inputs.
+            alike: that way is the student's (see :func:`prepare_alike`): its images will do.
+
         Returns:
-            level -> (B, C, H, W), and the (height, width) in pixels that they cover.
+            level -> (B, C, H, W).
         """
         backbone = model.backbone
-        padding = getattr(backbone, "padding_constraints", None) or {}
-        square = padding.get("square_size", 0)
+        if alike and student.images is not None:
+            return dict(backbone(student.images))
+        divisor, square = _padding(backbone)
         longest = max(max(x["image"].shape[-2:]) for x in batched_inputs)
         if square and longest > square:
             raise UserError(
@@ -141,19 +127,15 @@ class Adapter:
                 f"{longest}; set INPUT.MAX_SIZE_TRAIN to at most {square}"
             )
         images = model.preprocess_image(batched_inputs).tensor
-        divisor = max(backbone.size_divisibility, 1)
-        if padding:
-            # A vision transformer drops what does not fill a patch.
-            divisor = max(divisor, *(x.stride for x in backbone.output_shape().values()))
         # Both sides pad at the bottom and right. Where the teacher pads less than the student,
         # pad it further (with the zeros of ImageList), so that its maps can be cut to size.
         bottom, right = (
             max(0, -(-want // divisor) * divisor - have)
-            for want, have in zip(padded_size, images.shape[-2:])
+            for want, have in zip(student.padded_size, images.shape[-2:])
         )
         if bottom or right:
             images = F.pad(images, (0, right, 0, bottom))
-        return backbone(images), tuple(images.shape[-2:])
+        return dict(backbone(images))
 
     @staticmethod
     def cut(x: Tensor, padded_size: tuple[int, int], stride: int) -> Tensor:
@@ -164,6 +146,33 @@ class Adapter:
         """
         rows, cols = (-(-side // stride) for side in padded_size)
         return x[..., :rows, :cols]
+
+
+def _padding(backbone: Any) -> tuple[int, int]:
+    """What the sides of a batch must be multiples of, and the square it must fill; 0 for none."""
+    constraints = getattr(backbone, "padding_constraints", None) or {}
+    # That of a vision transformer is misspelled in Detectron2, which therefore passes it over: what
+    # does not fill a patch is dropped.
+    names = ("size_divisibility", "size_divisiblity")
+    divisor = max(backbone.size_divisibility, *(constraints.get(name, 0) for name in names), 1)
+    return divisor, constraints.get("square_size", 0)
+
+
+def prepare_alike(student: Any, teacher: Any) -> bool:
+    """Whether the images that a student normalised and padded are those of a teacher too.
+
+    They are where both do it as Detectron2 does, with the same mean and deviation, and the
+    student pads to a multiple of what the teacher needs.
+    """
+    for model in (student, teacher):
+        prepare = getattr(type(model), "preprocess_image", None)
+        if not getattr(prepare, "__module__", "").startswith("detectron2.modeling.meta_arch"):
+            return False
+    (mine, my_square), (theirs, their_square) = (_padding(x.backbone) for x in (student, teacher))
+    return mine % theirs == 0 and not (my_square or their_square) and all(
+        torch.equal(getattr(student, name).cpu(), getattr(teacher, name).cpu())
+        for name in ("pixel_mean", "pixel_std")
+    )
 
 
 _ADAPTERS: list[type[Adapter]] = []

@@ -131,7 +131,8 @@ class RCNNAdapter(Adapter):
     ) -> dict[str, Tensor]:
         groups = {}
         head = _box_head(model)
-        maps = [features[f] for f in head.in_features]
+        # RoIAlign takes boxes in the precision of the maps, and in half of it they are pixels off.
+        maps = [features[f].float() for f in head.in_features]
         for group, boxes in student.regions.items():
             pooled = head.pooler(maps, boxes)
             stages = list(zip(head.heads, head.predictors))
