@@ -220,6 +220,17 @@ BAD = {
     "no dataset": (["DATASETS.TRAIN", "[]"], "DATASETS.TRAIN is empty"),
     "iterations": (["SOLVER.MAX_ITER", 0], "SOLVER.MAX_ITER is 0; it must be positive"),
     "batch size": (["SOLVER.IMS_PER_BATCH", 0], "SOLVER.IMS_PER_BATCH is 0"),
+    "no parts": (["SOLVER.ACCUMULATION_STEPS", 0], "ACCUMULATION_STEPS is 0; it must be positive"),
+    "uneven parts": (
+        ["SOLVER.IMS_PER_BATCH", 8, "SOLVER.ACCUMULATION_STEPS", 3],
+        r"multiple of processes \(1\) times SOLVER.ACCUMULATION_STEPS \(3\)",
+    ),
+    "teacher's precision": (
+        ["MODEL.DISTILL.TEACHER.PRECISION", "fp8"], "unknown MODEL.DISTILL.TEACHER.PRECISION 'fp8'"
+    ),
+    "teacher's cache": (
+        ["MODEL.DISTILL.TEACHER.CACHE.DIR", "/dev/null/x"], "cache cannot be used: .*/dev/null"
+    ),
     "batch size to be scaled": (
         ["SOLVER.IMS_PER_BATCH", 12, "SOLVER.REFERENCE_WORLD_SIZE", 8],
         r"is 12; it must be a positive multiple of SOLVER.REFERENCE_WORLD_SIZE \(8\)",
@@ -250,6 +261,31 @@ def test_bad_input_is_one_line_before_the_first_iteration(case, teacher_files, t
     assert "\n" not in str(e.value)
     log = tmp_path / "metrics.json"
     assert not log.exists() or log.read_text() == ""
+
+
+def test_the_keys_that_save_time_and_memory(teacher_files, tmp_path):
+    """Together, and again from a checkpoint; the student's config stays one of Detectron2."""
+    opts = (
+        *("SOLVER.ACCUMULATION_STEPS", 2, "SOLVER.ACTIVATION_CHECKPOINT", True),
+        *("MODEL.DISTILL.TEACHER.PRECISION", "bfloat16"),
+        *("MODEL.DISTILL.TEACHER.CHANNELS_LAST", True),
+        *("MODEL.DISTILL.TEACHER.CACHE.DIR", tmp_path / "cache"),
+    )
+    teacher = teacher_files["retinanet"]
+    output = tmp_path / "run"
+    main(distill_arguments("retinanet", teacher, output, *opts, "DATASETS.TEST", "()"))
+    assert {"teacher_cache_hits", "loss_pcka_p3", "total_loss"} <= metrics(output)
+    args = distill_arguments(
+        "retinanet", teacher, output, *opts, "SOLVER.MAX_ITER", 6, "DATASETS.TEST", "()",
+        flags=["--resume"],
+    )  # fmt: skip
+    main(args)
+    cfg = get_cfg()
+    cfg.merge_from_file(str(output / "student_config.yaml"))
+    student = build_model(cfg)
+    DetectionCheckpointer(student).load(str(output / "model_final.pth"))
+    saved = torch.load(output / "model_final.pth", weights_only=True)["model"]
+    assert all(torch.equal(x, saved[k]) for k, x in student.state_dict().items())
 
 
 def test_corrupt_student_weights(tmp_path):

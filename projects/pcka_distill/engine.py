@@ -57,6 +57,11 @@ from pcka_distill.build import (
 from pcka_distill.checkpoint import StrictCheckpointer
 from pcka_distill.config import add_pcka_distill_config
 from pcka_distill.errors import UserError, reason
+from pcka_distill.memory import (
+    AccumulatingAMPTrainer,
+    AccumulatingTrainer,
+    checkpoint_activations,
+)
 from pcka_distill.meta_arch import DistillationModel
 
 __all__ = ["Trainer", "cli", "main", "setup"]
@@ -136,11 +141,18 @@ class Trainer(DefaultTrainer):
         # The base class builds its hooks in its constructor.
         self.stopwatch = Stopwatch()
         super().__init__(cfg)
+        if cfg.SOLVER.ACCUMULATION_STEPS > 1:
+            kind = AccumulatingAMPTrainer if cfg.SOLVER.AMP.ENABLED else AccumulatingTrainer
+            inner: Any = self._trainer
+            self._trainer: Any = kind(inner.model, inner.data_loader, inner.optimizer)
+            self._trainer.parts = cfg.SOLVER.ACCUMULATION_STEPS
         _check_classes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], self.model)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = build_registered(cfg, "the model")
+        if cfg.SOLVER.ACTIVATION_CHECKPOINT:
+            checkpoint_activations(_student(model))
         logger.info(f"Model:\n{model}")
         return model
 
@@ -294,11 +306,15 @@ def _check(cfg: CfgNode, args: argparse.Namespace) -> None:
     batch = cfg.SOLVER.IMS_PER_BATCH
     # Detectron2 scales the batch from the reference number of processes to the actual one.
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE or processes
-    if not args.eval_only and (batch < 1 or batch % reference):
+    parts = cfg.SOLVER.ACCUMULATION_STEPS
+    if not args.eval_only and parts < 1:
+        raise UserError(f"SOLVER.ACCUMULATION_STEPS is {parts}; it must be positive")
+    if not args.eval_only and (batch < 1 or batch % (reference * parts)):
         name = "SOLVER.REFERENCE_WORLD_SIZE" if cfg.SOLVER.REFERENCE_WORLD_SIZE else "processes"
+        times = f" times SOLVER.ACCUMULATION_STEPS ({parts})" if parts > 1 else ""
         raise UserError(
             f"SOLVER.IMS_PER_BATCH is {batch}; it must be a positive multiple of {name} "
-            f"({reference})"
+            f"({reference}){times}"
         )
     if not args.eval_only and cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda"):
         raise UserError("SOLVER.AMP.ENABLED needs a CUDA device; set it False")
@@ -358,9 +374,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if comm.is_main_process():
         # What stock Detectron2 needs, beside a checkpoint, to run the student.
         stock = student_config(cfg)
-        del stock.MODEL["DISTILL"], stock.SOLVER["OPTIMIZER"]
         own = CfgNode({"SOLVER": {}, "MODEL": {}})
         add_pcka_distill_config(own)
+        del stock.MODEL["DISTILL"]
+        for key in own.SOLVER:
+            del stock.SOLVER[key]
         # Of another project's FCOS the node stays.
         mine = stock.MODEL.FCOS.keys() == own.MODEL.FCOS.keys()
         if mine and stock.MODEL.META_ARCHITECTURE != "FCOS":
