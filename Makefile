@@ -32,4 +32,5 @@ lint: env
 	$(BIN)/mypy
 
 bench: env
+	$(BIN)/python benchmarks/bm_performance.py
 	$(BIN)/python benchmarks/bm_digits.py

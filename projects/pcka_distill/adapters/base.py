@@ -169,9 +169,13 @@ def prepare_alike(student: Any, teacher: Any) -> bool:
         if not getattr(prepare, "__module__", "").startswith("detectron2.modeling.meta_arch"):
             return False
     (mine, my_square), (theirs, their_square) = (_padding(x.backbone) for x in (student, teacher))
-    return mine % theirs == 0 and not (my_square or their_square) and all(
-        torch.equal(getattr(student, name).cpu(), getattr(teacher, name).cpu())
-        for name in ("pixel_mean", "pixel_std")
+    return (
+        mine % theirs == 0
+        and not (my_square or their_square)
+        and all(
+            torch.equal(getattr(student, name).cpu(), getattr(teacher, name).cpu())
+            for name in ("pixel_mean", "pixel_std")
+        )
     )
 
 
