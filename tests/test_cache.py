@@ -35,8 +35,8 @@ def images():
     return [x["image"] for x in make_batch()]
 
 
-def fetch(cache, images, counter, size=(96, 96)):
-    return cache.fetch(images, size, torch.device("cpu"), counter)
+def fetch(cache, images, counter, size=(96, 96), levels=("p3", "p4")):
+    return cache.fetch(images, levels, size, torch.device("cpu"), counter)
 
 
 def entries(folder):
@@ -54,12 +54,14 @@ def test_what_was_written_is_read(images, tmp_path):
         assert torch.equal(second[level], first[level].flip(0))
 
 
-@pytest.mark.parametrize("change", ["teacher", "pixel", "padding", "one image"])
+@pytest.mark.parametrize("change", ["teacher", "pixel", "padding", "levels", "one image"])
 def test_whatever_changes_the_maps_is_computed_again(change, images, tmp_path):
     fetch(FeatureCache(tmp_path, 1 << 30, "teacher"), images, Counter(images))
-    owner, size = "teacher", (96, 96)
+    owner, size, levels = "teacher", (96, 96), ("p3", "p4")
     if change == "teacher":
         owner = "another"
+    elif change == "levels":
+        levels = ("p3",)
     elif change == "padding":
         size = (96, 128)
     else:
@@ -69,7 +71,7 @@ def test_whatever_changes_the_maps_is_computed_again(change, images, tmp_path):
             images[1] = images[0]
     counter = Counter(images)
     cache = FeatureCache(tmp_path, 1 << 30, owner)
-    maps = fetch(cache, images, counter, size)
+    maps = fetch(cache, images, counter, size, levels)
     assert counter.calls == 1
     assert cache.hits == (change == "one image")
     torch.testing.assert_close(maps["p3"], maps_of(images)["p3"].half().float())

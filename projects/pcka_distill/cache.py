@@ -68,6 +68,7 @@ class FeatureCache:
     def fetch(
         self,
         images: Sequence[Tensor],
+        levels: Sequence[str],
         padded_size: tuple[int, int],
         device: torch.device,
         compute: Callable[[], dict[str, Tensor]],
@@ -76,14 +77,15 @@ class FeatureCache:
 
         Args:
             images: (3, H, W), as the data loader gives them.
+            levels: of the maps that are wanted.
             padded_size: of their batch, in pixels.
             device: where the maps are wanted.
-            compute: gives level -> (B, C, H, W).
+            compute: gives level -> (B, C, H, W), of these levels or more.
 
         Returns:
             what ``compute`` does, in fp32, rounded to half precision.
         """
-        paths = [self._path(image, padded_size) for image in images]
+        paths = [self._path(image, levels, padded_size) for image in images]
         entries = [self._read(path) for path in paths]
         found = sum(entry is not None for entry in entries)
         self.hits += found
@@ -92,16 +94,17 @@ class FeatureCache:
             maps = compute()
             for i, path in enumerate(paths):
                 if entries[i] is None:
-                    entries[i] = {level: _halve(x[i]).cpu() for level, x in maps.items()}
+                    entries[i] = {level: _halve(maps[level][i]).cpu() for level in levels}
                     self._write(path, entries[i])
         whole = [entry for entry in entries if entry is not None]
         return {
             level: torch.stack([entry[level].to(device).float() for entry in whole])
-            for level in whole[0]
+            for level in levels
         }
 
-    def _path(self, image: Tensor, padded_size: tuple[int, int]) -> Path:
-        digest = hashlib.blake2b(repr((self._owner, image.shape, padded_size)).encode())
+    def _path(self, image: Tensor, levels: Sequence[str], padded_size: tuple[int, int]) -> Path:
+        facts = (self._owner, sorted(levels), tuple(image.shape), tuple(padded_size))
+        digest = hashlib.blake2b(repr(facts).encode())
         digest.update(image.contiguous().cpu().numpy().data)
         name = digest.hexdigest()[:40]
         # A folder of a million files is slow in many file systems.

@@ -293,17 +293,23 @@ class DistillationModel(nn.Module):
             batched_inputs = [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
 
         def features() -> dict[str, Tensor]:
-            maps = adapter.teacher_features(model, batched_inputs, student, alike=self._alike)
-            if "logits" in self._reads:
-                return maps
-            return {pair.teacher: maps[pair.teacher] for pair in self.pairs.values()}
+            return adapter.teacher_features(model, batched_inputs, student, alike=self._alike)
 
         with frozen.running():
             if frozen.cache is None:
                 maps = features()
             else:
-                images = [x["image"] for x in batched_inputs]
-                maps = frozen.cache.fetch(images, student.padded_size, frozen.device, features)
+                # A head may read any of them.
+                levels = list(adapter.feature_shapes(model))
+                if "logits" not in self._reads:
+                    levels = list({pair.teacher: None for pair in self.pairs.values()})
+                maps = frozen.cache.fetch(
+                    [x["image"] for x in batched_inputs],
+                    levels,
+                    student.padded_size,
+                    frozen.device,
+                    features,
+                )
                 rate = frozen.cache.hits / (frozen.cache.hits + frozen.cache.misses)
                 get_event_storage().put_scalar("teacher_cache_hits", rate, smoothing_hint=False)
             teacher = Taps(features=maps, regions=student.regions)
