@@ -133,6 +133,36 @@ def test_no_weights_no_loss():
     assert loss.item() == 0 and (x.grad == 0).all()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_rounding_errors_of_a_constant_map_are_no_variation(layout, weights, side):
+    """The mean of 15 patches of 0.1 is not quite 0.1."""
+    shape, (intra, inter) = (3, 3, 12, 20), weights
+    maps = {"student": rand(*shape), "teacher": rand(*shape, seed=1)}
+    maps[side] = torch.linspace(0.1, 777.7, 3).view(1, 3, 1, 1).expand(shape)
+    if layout == "per_image" or layout == "per_position":
+        maps[side] = torch.full(shape, 0.1)
+    student = maps["student"].clone().requires_grad_()
+    loss = pcka_loss(
+        student, maps["teacher"], patch_size=4, layout=layout,
+        intra_weight=intra, inter_weight=inter,
+    )  # fmt: skip
+    loss.backward()
+    # A constant teacher teaches nothing, a constant student is as wrong as can be.
+    assert loss.item() == pytest.approx(0.0 if side == "teacher" else intra + inter)
+    assert (student.grad == 0).all()
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_what_is_not_a_number_stays_visible(side):
+    maps = [rand(2, 3, 8, 8).clone(), rand(2, 3, 8, 8, seed=1).clone()]
+    maps[side][0, 0, 0, 0] = float("nan")
+    for weights in WEIGHTS:
+        names = ("intra_weight", "inter_weight")
+        assert pcka_loss(*maps, patch_size=4, **dict(zip(names, weights))).isnan()
+
+
 # ---- what it costs, in operations: no seconds ------------------------------------------------
 
 

@@ -255,9 +255,9 @@ class _FusedPCKA(torch.autograd.Function):
         if grad is None:
             with _full_precision(student.device):
                 grad = _fused_pcka(True, student, teacher, *ctx.settings)[1]
-        # Half-precision gradients are cast after the scale of AMP is in: before it they vanish.
-        out = grad if grad.dtype == student.dtype else torch.empty_like(student)
-        return None, torch.mul(grad, scale, out=out), *(None,) * (1 + len(ctx.settings))
+        # In at least fp32. Autograd casts it to the student's type, now that AMP's scale is in:
+        # before that half a precision would lose it.
+        return None, grad.mul_(scale), *(None,) * (1 + len(ctx.settings))
 
 
 def _fused_pcka(
