@@ -48,10 +48,11 @@ _PERMUTATIONS: dict[str, tuple[tuple[int, ...], int, int]] = {
 }
 LAYOUTS = tuple(_PERMUTATIONS)
 
-# Bytes of patches, student's and teacher's, that are worked on at a time: what a core's second
-# cache holds; and, elsewhere, what costs little memory and still fills the device.
-_CACHE = 4 << 20
-_DEVICE_BUDGET = 32 << 20
+# Bytes that are worked in at a time: a core's share of the caches; and, elsewhere, enough to fill
+# the device.
+_CACHE = 8 << 20
+_DEVICE_BUDGET = 64 << 20
+_LEAST = 1 << 20
 
 
 @contextlib.contextmanager
@@ -233,31 +234,27 @@ class _FusedPCKA(torch.autograd.Function):
     """:func:`pcka_loss` against a constant teacher, some groups at a time.
 
     What a few groups need stays in a core's cache, and all that is kept is the student's
-    gradient: it is made together with the loss, and what backward does is to scale it.
+    gradient: it is made together with the loss, and backward scales it.
     """
 
     @staticmethod
     def forward(
         ctx: Any, gradient: bool, student: Tensor, teacher: Tensor, *settings: Any
     ) -> Tensor:
-        loss, ctx.grad = _fused_pcka(gradient, student, teacher, *settings)
-        # No copies: both are there as long as the model's own graph is, or nearly so.
-        ctx.save_for_backward(student, teacher)
-        ctx.settings = settings
+        loss, grad = _fused_pcka(gradient, student, teacher, *settings)
+        ctx.save_for_backward(grad)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        # It is given away, not copied; who goes through a retained graph again has it made again.
-        grad, ctx.grad = ctx.grad, None
-        student, teacher = ctx.saved_tensors
-        if grad is None:
-            with _full_precision(student.device):
-                grad = _fused_pcka(True, student, teacher, *ctx.settings)[1]
-        # In at least fp32. Autograd casts it to the student's type, now that AMP's scale is in:
-        # before that half a precision would lose it.
-        return None, grad.mul_(scale), *(None,) * (1 + len(ctx.settings))
+        (grad,) = ctx.saved_tensors
+        # A copy for nothing, mostly; to ask a GPU would make it wait.
+        if scale.device.type != "cpu" or scale.item() != 1:
+            # In at least fp32. Autograd casts it to the student's type, now that AMP's scale is
+            # in: before that half a precision would lose it.
+            grad = grad * scale
+        return None, grad, *(None,) * 6
 
 
 def _fused_pcka(
@@ -286,8 +283,13 @@ def _fused_pcka(
     dtype = torch.promote_types(student.dtype, torch.float32)
     on_cpu = student.device.type == "cpu"
     budget = _CACHE * torch.get_num_threads() if on_cpu else _DEVICE_BUDGET
-    step = max(1, min(groups, budget // (2 * n * p * dtype.itemsize)))
+    # No more than a part of the features themselves; of small ones that is not worth a step.
+    budget = min(budget, max(student.nbytes // 2, _LEAST))
     raised = _raised(student.shape, patch_size)
+    # Patches of both and the gradient's; the stages of a resize; and half a dozen Grams.
+    resized = student.shape[0] * student.shape[1] * raised[0] * raised[1] // groups
+    values = 3 * n * p + (3 * resized if raised != student.shape[-2:] else 0) + 6 * n * n
+    step = max(1, min(groups, budget // (values * dtype.itemsize)))
 
     loss = torch.zeros((), dtype=dtype, device=student.device)
     grad = torch.empty_like(student, dtype=dtype) if gradient else None

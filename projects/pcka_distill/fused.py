@@ -107,50 +107,39 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return a.flatten(1).unsqueeze(1) @ b.flatten(1).unsqueeze(2)
 
 
-def _inverse_norms(grams: Tensor, lost: Tensor | None) -> tuple[Tensor, Tensor]:
-    """1 / |K| of Grams, 0 where nothing varies, and where something does.
-
-    Args:
-        grams: (2, G, N, N), K and L.
-        lost: (2, G, 1, 1), the traces of what centring took out, if it did.
-
-    Returns:
-        (2, G, 1, 1) twice.
-    """
-    info = torch.finfo(grams.dtype)
-    trace = grams.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    # So small a trace is the rounding error of the means that were taken out, or too small for
-    # the square of its Gram.
-    least = torch.full_like(trace, grams.shape[-1] * info.tiny**0.5)
-    if lost is not None:
-        least = torch.maximum(least, (16 * info.eps) ** 2 * (trace + lost))
-    # NaN must stay visible (it compares False both ways), so test for "does not vary".
-    varies = ~(trace <= least)
-    norms = torch.linalg.vector_norm(grams, dim=(-2, -1), keepdim=True)
-    return norms.reciprocal().masked_fill(~varies, 0), varies
-
-
 def _relation(
-    grams: Tensor, lost: Tensor | None, a: Tensor, b: Tensor, weight: float
+    grams: Tensor, m: Tensor | None, lost: Tensor, weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One relation of G pairs.
+    """One relation of G pairs: intra of K and L, or inter if M is given.
 
     Args:
-        grams: (2, G, N, N), K and L.
-        lost: see :func:`_inverse_norms`.
-        a: (G, N, N).
-        b: (G, N, N), with <a, b> = <K, L>.
+        grams: (2, G, N, N), K and L, centred.
+        m: (G, N, N), likewise.
+        lost: (2, G, 1, 1), the traces of what centring took out.
         weight: of the relation.
 
     Returns:
-        weight * (1 - CKA), summed over the pairs, and the factors (G, 1, 1) that K and L, or M,
-        have in its gradient.
+        weight * (1 - CKA), summed over the pairs, and two (G, N, N): its gradient is the first
+        times X plus the second times Y, or for intra, where both are of X, times X.
     """
-    inverse, varies = _inverse_norms(grams, lost)
+    info = torch.finfo(grams.dtype)
+    trace = grams.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    # So small a trace is the rounding error of the means that were taken out. NaN must stay
+    # visible (it compares False both ways), so test for "does not vary".
+    varies = ~(trace <= ((16 * info.eps) ** 2 * (trace + lost)).clamp(min=info.tiny))
+    # A CKA does not depend on the scale: Grams of unit trace can be squared, whatever theirs was.
+    scale = torch.where(varies, trace, 1).reciprocal() * varies
+    k, l = grams = grams * scale
+    root = scale.sqrt()
+    other = l if m is None else m * (root[0] * root[1])
+    norms = torch.linalg.vector_norm(grams, dim=(-2, -1), keepdim=True)
+    inverse = torch.where(varies, norms, 1).reciprocal() * varies
     product = inverse[0] * inverse[1]
-    cka = _dot(a, b) * product
+    cka = _dot(k, l) * product if m is None else _dot(other, other) * product
     loss = weight * torch.where(varies[1], 1 - cka, 0).sum()
-    return loss, 2 * weight * cka * inverse[0].square(), -2 * weight * product
+    of_k = k * (2 * weight * scale[0] * cka * inverse[0].square())
+    factor = scale[0] if m is None else root[0] * root[1]
+    return loss, of_k, other * (-2 * weight * factor * product)
 
 
 def dissimilarity_(
@@ -170,16 +159,16 @@ def dissimilarity_(
         the sum of the losses over G, a scalar.
     """
     _, g, n, p = z.shape
-    columns = rows = lost = None
+    columns = rows = None
+    lost = z.new_zeros(2, g, 1, 1)
     if center and intra_weight:
         columns = z.mean(-2, keepdim=True)
         z -= columns
-        lost = n * columns.square().sum((-2, -1), keepdim=True)
+        lost += n * columns.square().sum((-2, -1), keepdim=True)
     if center and inter_weight:
         rows = z.mean(-1, keepdim=True)
         z -= rows
-        if columns is None:
-            lost = p * rows.square().sum((-2, -1), keepdim=True)
+        lost += p * rows.square().sum((-2, -1), keepdim=True)
 
     x, y = z
     flat = z.view(2 * g, n, p)
@@ -204,14 +193,13 @@ def dissimilarity_(
     of_x = of_y = None
     lacking = []
     if m is not None:
-        part, own, other = _relation(inter, lost, m, m, inter_weight)
+        part, of_x, of_y = _relation(inter, m, lost, inter_weight)
         loss += part
-        of_x, of_y = inter[0] * own, m * other
         lacking = [of_x.sum(-1, keepdim=True), of_y.sum(-1, keepdim=True)]
     if intra_weight:
-        part, own, other = _relation(intra, lost, intra[0], intra[1], intra_weight)
+        part, of_k, of_l = _relation(intra, None, lost, intra_weight)
         loss += part
-        alone = (intra[0] * own).addcmul_(intra[1], other)
+        alone = of_k.add_(of_l)
         if rows is not None:
             lacking.append(alone @ rows[0])
         of_x = alone if of_x is None else of_x.add_(alone)
