@@ -275,6 +275,8 @@ def test_the_keys_that_save_time_and_memory(teacher_files, tmp_path):
     output = tmp_path / "run"
     main(distill_arguments("retinanet", teacher, output, *opts, "DATASETS.TEST", "()"))
     assert {"teacher_cache_hits", "loss_pcka_p3", "total_loss"} <= metrics(output)
+    log = (output / "log.txt").read_text()
+    assert "_CheckpointedStage" in log and "Each batch is taken in 2 parts" in log
     args = distill_arguments(
         "retinanet", teacher, output, *opts, "SOLVER.MAX_ITER", 6, "DATASETS.TEST", "()",
         flags=["--resume"],

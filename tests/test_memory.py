@@ -1,5 +1,6 @@
 """Gradient accumulation and activation checkpointing: the same updates."""
 
+import contextlib
 import copy
 import pickle
 
@@ -11,13 +12,18 @@ from helpers import digits_cfg, distill_cfg, make_batch
 from torch import nn
 
 from pcka_distill import UserError
-from pcka_distill.memory import AccumulatingTrainer, checkpoint_activations
+from pcka_distill.memory import (
+    AccumulatingAMPTrainer,
+    AccumulatingTrainer,
+    checkpoint_activations,
+)
 
 # Of the student; its batch norm would relate the images of a part to one another.
 FROZEN_NORM = (
     *("MODEL.RESNETS.NORM", "FrozenBN"),
     *("MODEL.DISTILL.TEACHER.OPTS", ["MODEL.RESNETS.NORM", "BN"]),
 )
+SYNC_NORM = (*("MODEL.RESNETS.NORM", "SyncBN"), *FROZEN_NORM[2:])
 FAMILIES = ["retinanet", "fcos", "faster_rcnn"]
 
 
@@ -81,6 +87,59 @@ def test_accumulation_is_the_whole_batch_where_losses_are_means_over_images(teac
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_accumulation_in_mixed_precision(teacher_files, monkeypatch):
+    """The scaler's: scaled, unscaled, and skipped where a gradient is not finite."""
+    model = build("fcos", teacher_files, *FROZEN_NORM)
+    batch = [x for i in range(2) for x in make_batch(i)]
+    reference = copy.deepcopy(model)
+    accumulate(reference, batch, parts=2, lr=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    trainer = AccumulatingAMPTrainer(model, [batch], optimizer, grad_scaler=scaler)
+    trainer.parts, trainer.iter, trainer.precision = 2, 0, torch.bfloat16
+    # There is no CUDA here: what is tested is the scaler.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    with EventStorage(0):
+        trainer.run_step()
+    for a, b in zip(model.parameters(), reference.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_processes_exchange_gradients_once_a_batch(teacher_files, tmp_path):
+    model = build("fcos", teacher_files, *FROZEN_NORM)
+    reference = copy.deepcopy(model)
+    batch = [x for i in range(2) for x in make_batch(i)]
+    accumulate(reference, batch, parts=4, lr=0.5)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        buckets = []
+
+        def count(state, bucket):
+            buckets.append(bucket.is_last())
+            done = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
+
+        parallel.register_comm_hook(None, count)
+        accumulate(parallel, batch, parts=4, lr=0.5)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert sum(buckets) == 1
+    for a, b in zip(model.parameters(), reference.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_in_eval_mode_is_not_trained(teacher_files):
+    model = build("fcos", teacher_files)
+    trainer = AccumulatingTrainer(model, [make_batch()], torch.optim.SGD(model.parameters(), 0.1))
+    model.eval()
+    with pytest.raises(AssertionError, match="eval mode"):
+        trainer.run_step()
+
+
 def saved_bytes(model, batch):
     """What autograd keeps of a forward."""
     seen = {}
@@ -96,7 +155,7 @@ def saved_bytes(model, batch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("opts", [(), FROZEN_NORM])
+@pytest.mark.parametrize("opts", [(), FROZEN_NORM, SYNC_NORM])
 def test_checkpointed_activations_change_nothing_but_memory(family, opts, teacher_files, batch):
     """Bit for bit, batch norm's statistics included, in copies and pickles too."""
     plain = build(family, teacher_files, *opts)

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import functools
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -220,6 +221,8 @@ class _TeacherPlan(NamedTuple):
     input_format: str | None
     #: what it was trained on
     datasets: list[str]
+    #: all that its config says of the model
+    description: str
 
 
 def _read_yaml_teacher(path: str, opts: list[Any], device: str) -> _TeacherPlan:
@@ -232,6 +235,7 @@ def _read_yaml_teacher(path: str, opts: list[Any], device: str) -> _TeacherPlan:
         functools.partial(build_registered, cfg, "the teacher"),
         cfg.INPUT.FORMAT,
         list(cfg.DATASETS.TRAIN),
+        cfg.MODEL.dump(),
     )
 
 
@@ -265,6 +269,7 @@ def _read_lazy_teacher(path: str, opts: list[Any], device: str) -> _TeacherPlan:
         build,
         first("model.input_format", "dataloader.train.mapper.image_format"),
         [datasets] if isinstance(datasets, str) else list(datasets),
+        OmegaConf.to_yaml(cfg.model),
     )
 
 
@@ -334,15 +339,28 @@ def build_teacher(cfg: CfgNode, *, read_classes: bool = True) -> FrozenTeacher:
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
         f"{loaded} of {len(model.state_dict())} tensors loaded from {weights}"
     )
-    cache = None
+    precision, cache = node.PRECISION, None
     if node.CACHE.DIR:
-        owner = f"{fingerprint(model)} {node.PRECISION} {plan.input_format} {cfg.INPUT.FORMAT}"
+        if not (0 < node.CACHE.MAX_GB < math.inf):
+            raise UserError(
+                f"MODEL.DISTILL.TEACHER.CACHE.MAX_GB is {node.CACHE.MAX_GB}; it must be positive"
+            )
+        # What is kept must not depend on the autocast that the student happens to be in.
+        precision = precision or "float32"
+        formats = f"{plan.input_format} {cfg.INPUT.FORMAT}"
+        owner = f"1 {fingerprint(model)} {plan.description} {precision} {formats}"
         cache = FeatureCache(node.CACHE.DIR, int(node.CACHE.MAX_GB * 2**30), owner)
+        if cfg.INPUT.CROP.ENABLED or len(set(cfg.INPUT.MIN_SIZE_TRAIN)) > 1:
+            logger.warning(
+                "The teacher has a cache, and training images are cropped or resized at random: "
+                "they will seldom come back; unset MODEL.DISTILL.TEACHER.CACHE.DIR, INPUT.CROP or "
+                "all but one of INPUT.MIN_SIZE_TRAIN"
+            )
     return FrozenTeacher(
         model,
         input_format=plan.input_format,
         classes=class_names(plan.datasets) if read_classes else None,
-        precision=_PRECISIONS[node.PRECISION],
+        precision=_PRECISIONS[precision],
         channels_last=node.CHANNELS_LAST,
         compiled=node.COMPILE,
         cache=cache,

@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,15 +24,21 @@ __all__ = ["FeatureCache"]
 logger = logging.getLogger(f"detectron2.{__name__}")
 
 _DIGEST = 16
+_STALE_SECONDS = 3600
+# How often the folder is looked through for what others wrote.
+_MEASURE_EVERY = 512
+
+#: level -> what :func:`_pack` makes of its map
+Entry = dict[str, tuple[Tensor, ...]]
 
 
 class FeatureCache:
     """Keeps what a teacher's backbone says of an image: level -> (C, H, W), in half precision.
 
-    An entry belongs to the teacher's weights, the pixels that it was given and the padding of
-    their batch, so that whatever changes one of them, another checkpoint or an augmentation, finds
-    nothing there. It pays where images come back as they were, and only there: a flip doubles the
-    entries, random crops or sizes never hit.
+    An entry belongs to the teacher, the pixels that it was given and the padding of their batch:
+    whatever changes one of them, another checkpoint or an augmentation, finds nothing there. It
+    pays where images come back as they were, and only there: a flip doubles the entries, random
+    crops or sizes never hit.
 
     What is read back is what was written, rounded: a run is the same with a cold and with a warm
     cache. Every entry holds its own checksum; a damaged one is computed again. Processes, of one
@@ -39,8 +46,10 @@ class FeatureCache:
 
     Args:
         folder: made if it is not there.
-        max_bytes: of all entries in the folder; when they are reached no more is written.
-        owner: what else the features depend on: the teacher's fingerprint.
+        max_bytes: of all files in the folder; when they are reached no more is written. Runs that
+            fill it together see one another's files now and then, not at once.
+        owner: what the maps depend on beside the pixels: a digest of the teacher and of how it is
+            run. Each has a folder of its own in there.
 
     Raises:
         UserError: the folder cannot be made or written.
@@ -49,21 +58,29 @@ class FeatureCache:
     def __init__(self, folder: str | os.PathLike[str], max_bytes: int, owner: str) -> None:
         self.hits = self.misses = self.damaged = 0
         self._owner = owner
-        self._folder = Path(folder)
+        self._whole = Path(folder)
+        self._folder = self._whole / hashlib.blake2b(owner.encode(), digest_size=8).hexdigest()
+        self._max_bytes = max_bytes
+        self._full = False
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self._folder).close()
-            used = sum(x.stat().st_size for x in self._folder.glob("*/*.pt"))
+            for path in self._whole.glob("*/*/*.tmp"):
+                # Of a process that was killed; one that lives is done within seconds.
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    path.unlink()
+            self._measure()
         except OSError as e:
             raise UserError(
                 f"the teacher's cache cannot be used: {reason(e)}; change "
                 "MODEL.DISTILL.TEACHER.CACHE.DIR"
             ) from e
-        # Each process may write its part of what is left.
-        self._left = (max_bytes - used) // comm.get_world_size()
+        used = max_bytes - self._left
         logger.info(
             f"Teacher cache in {folder}: {used / 2**30:.2f} of {max_bytes / 2**30:.2f} GiB used"
         )
+        if self._left <= 0:
+            self._stop("it is full")
 
     def fetch(
         self,
@@ -94,11 +111,11 @@ class FeatureCache:
             maps = compute()
             for i, path in enumerate(paths):
                 if entries[i] is None:
-                    entries[i] = {level: _halve(maps[level][i]).cpu() for level in levels}
-                    self._write(path, entries[i])
-        whole = [entry for entry in entries if entry is not None]
+                    entry = {level: _pack(maps[level][i]) for level in levels}
+                    entries[i] = entry
+                    self._write(path, entry)
         return {
-            level: torch.stack([entry[level].to(device).float() for entry in whole])
+            level: torch.stack([_unpack(x[level], device) for x in entries if x is not None])
             for level in levels
         }
 
@@ -110,7 +127,7 @@ class FeatureCache:
         # A folder of a million files is slow in many file systems.
         return self._folder / name[:2] / f"{name}.pt"
 
-    def _read(self, path: Path) -> dict[str, Tensor] | None:
+    def _read(self, path: Path) -> Entry | None:
         try:
             data = path.read_bytes()
         except FileNotFoundError:
@@ -121,7 +138,12 @@ class FeatureCache:
         if hashlib.blake2b(data[_DIGEST:], digest_size=_DIGEST).digest() != data[:_DIGEST]:
             self._complain(path, "its checksum is wrong")
             return None
-        entry: dict[str, Tensor] = torch.load(io.BytesIO(data[_DIGEST:]), weights_only=True)
+        try:
+            entry: Entry = torch.load(io.BytesIO(data[_DIGEST:]), weights_only=True)
+        except Exception as e:
+            # Whole, but of another version of torch: whatever that one's reader raises.
+            self._complain(path, reason(e))
+            return None
         return entry
 
     def _complain(self, path: Path, why: str) -> None:
@@ -129,33 +151,63 @@ class FeatureCache:
         if self.damaged == 1:
             logger.warning(f"Teacher cache: {path} is computed again, {why} (said once)")
 
-    def _write(self, path: Path, entry: dict[str, Tensor] | None) -> None:
+    def _write(self, path: Path, entry: Entry) -> None:
+        # Maps that are not finite are a failure of this run, not to be handed to the next.
+        if self._full or not all(bool(x.isfinite().all()) for part in entry.values() for x in part):
+            return
         buffer = io.BytesIO()
-        torch.save(entry, buffer)
+        torch.save({level: tuple(x.cpu() for x in part) for level, part in entry.items()}, buffer)
         data = buffer.getvalue()
+        self._writes += 1
+        self._left -= len(data) * comm.get_world_size()
+        if self._writes % _MEASURE_EVERY == 0:
+            self._measure()
         if self._left <= 0:
+            self._stop("it is full")
             return
-        self._left -= len(data)
-        if self._left <= 0:
-            logger.warning(
-                f"Teacher cache: {self._folder} is full, no more is written; raise "
-                "MODEL.DISTILL.TEACHER.CACHE.MAX_GB for all to be kept"
-            )
-            return
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             path.parent.mkdir(exist_ok=True)
             # Whole or not at all, whoever else writes it or is stopped meanwhile.
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as f:
-                f.write(hashlib.blake2b(data, digest_size=_DIGEST).digest() + data)
-            os.replace(f.name, path)
-        except OSError as e:
-            self._left = 0
-            logger.warning(f"Teacher cache: {reason(e)}; no more is written to {self._folder}")
-            with contextlib.suppress(OSError, UnboundLocalError):
-                os.unlink(f.name)
+            temporary.write_bytes(hashlib.blake2b(data, digest_size=_DIGEST).digest() + data)
+            os.replace(temporary, path)
+        except BaseException as e:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            if not isinstance(e, OSError):
+                raise
+            self._stop(reason(e))
+
+    def _measure(self) -> None:
+        self._writes = 0
+        files = [x for pattern in ("*.pt", "*.tmp") for x in self._whole.glob(f"*/*/{pattern}")]
+        used = 0
+        for path in files:
+            # Another process may have replaced it meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                used += path.stat().st_size
+        self._left = self._max_bytes - used
+
+    def _stop(self, why: str) -> None:
+        self._full = True
+        logger.warning(
+            f"Teacher cache in {self._whole}: {why}; nothing more is written. Raise "
+            "MODEL.DISTILL.TEACHER.CACHE.MAX_GB, or delete what is there of other teachers (this "
+            f"one's is {self._folder.name})"
+        )
 
 
-def _halve(x: Tensor) -> Tensor:
-    half = x.half()
-    # What fp16 cannot hold bf16 can, with fewer digits.
-    return half if bool(half.isfinite().all()) else x.bfloat16()
+def _pack(x: Tensor) -> tuple[Tensor, ...]:
+    """Half-precision values of each channel of a map (C, H, W), and what they are relative to.
+
+    Neither the offset nor the scale of a channel, which a CKA does not see, costs digits then.
+    """
+    x = x.float()
+    mean = x.mean((-2, -1), keepdim=True)
+    peak = (x - mean).abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    return ((x - mean) / peak).half(), mean, peak
+
+
+def _unpack(part: tuple[Tensor, ...], device: torch.device) -> Tensor:
+    values, mean, peak = (x.to(device) for x in part)
+    return values.float() * peak + mean

@@ -43,7 +43,8 @@ def add_pcka_distill_config(cfg: CN) -> None:
     # torch.compile its backbone: slow at first and again for new image sizes, then faster.
     cfg.MODEL.DISTILL.TEACHER.COMPILE = False
     # Keep its feature maps on disk, for training images that come back unchanged (no random
-    # crops or sizes, batches of one padded size). DIR "" keeps none.
+    # crops or sizes, batches of one padded size). DIR "" keeps none; with one PRECISION "" is
+    # "float32".
     cfg.MODEL.DISTILL.TEACHER.CACHE = CN()
     cfg.MODEL.DISTILL.TEACHER.CACHE.DIR = ""
     cfg.MODEL.DISTILL.TEACHER.CACHE.MAX_GB = 20.0

@@ -142,10 +142,14 @@ class Trainer(DefaultTrainer):
         self.stopwatch = Stopwatch()
         super().__init__(cfg)
         if cfg.SOLVER.ACCUMULATION_STEPS > 1:
-            kind = AccumulatingAMPTrainer if cfg.SOLVER.AMP.ENABLED else AccumulatingTrainer
-            inner: Any = self._trainer
-            self._trainer: Any = kind(inner.model, inner.data_loader, inner.optimizer)
+            # Its class alone: whatever this version of Detectron2 gave it stays.
+            amp = cfg.SOLVER.AMP.ENABLED
+            self._trainer.__class__ = AccumulatingAMPTrainer if amp else AccumulatingTrainer
             self._trainer.parts = cfg.SOLVER.ACCUMULATION_STEPS
+            logger.info(
+                f"Each batch is taken in {self._trainer.parts} parts: losses that relate images to "
+                "one another relate those of a part"
+            )
         _check_classes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], self.model)
 
     @classmethod

@@ -20,10 +20,11 @@ __all__ = ["AccumulatingAMPTrainer", "AccumulatingTrainer", "checkpoint_activati
 class AccumulatingTrainer(SimpleTrainer):
     """Detectron2's trainer, with each batch taken in several parts.
 
-    The update is that of the parts' gradients, averaged by their images: what as many processes
-    with a part each would make. It is that of the whole batch where losses are means over images,
-    and not where they relate images to one another (PCKA's layout ``sample``, batch norm) or keep
-    a running normaliser (RetinaNet).
+    The update is that of the parts' gradients, averaged by their images, as if each were the share
+    of a process. It is that of the whole batch where losses are means over images. It is not where
+    they relate images to one another: batch norm, RCKA on box heads, and PCKA in every layout but
+    ``per_image`` then relate those of a part. The running normaliser of RetinaNet and FCOS takes a
+    step with every part.
 
     Attributes:
         parts: how many.
@@ -49,6 +50,8 @@ class AccumulatingAMPTrainer(AMPTrainer):
 def _accumulated_step(
     trainer: Any, parts: int, precision: contextlib.AbstractContextManager[Any]
 ) -> None:
+    assert trainer.model.training, "the model was changed to eval mode"
+    parallel = isinstance(trainer.model, nn.parallel.DistributedDataParallel)
     start = time.perf_counter()
     data = next(trainer._data_loader_iter)
     data_time = time.perf_counter() - start
@@ -60,7 +63,6 @@ def _accumulated_step(
         part = data[first : first + size]
         # Processes exchange their gradients once, after the last part.
         quiet: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        parallel = isinstance(trainer.model, nn.parallel.DistributedDataParallel)
         if parallel and first + size < len(data):
             quiet = trainer.model.no_sync()
         with quiet:
@@ -98,15 +100,18 @@ class _CheckpointedStage(nn.Sequential):
     @contextlib.contextmanager
     def _statistics_kept(self) -> Iterator[None]:
         """Without this batch norms would count the second forward too."""
-        norms = [x for x in self.modules() if isinstance(x, nn.modules.batchnorm._BatchNorm)]
-        before = [(x.momentum, x.num_batches_tracked) for x in norms]
+        kinds = nn.modules.batchnorm._BatchNorm
+        norms: list[Any] = [x for x in self.modules() if isinstance(x, kinds)]
+        norms = [x for x in norms if x.track_running_stats]
+        before = [(x.momentum, x.num_batches_tracked.clone()) for x in norms]
         for norm in norms:
-            norm.momentum, norm.num_batches_tracked = 0.0, None
+            norm.momentum = 0.0
         try:
             yield
         finally:
             for norm, (momentum, count) in zip(norms, before):
-                norm.momentum, norm.num_batches_tracked = momentum, count
+                norm.momentum = momentum
+                norm.num_batches_tracked.copy_(count)
 
 
 def checkpoint_activations(model: Any) -> int:

@@ -36,5 +36,7 @@ class Taps:
     @property
     def padded_size(self) -> tuple[int, int]:
         """(height, width) of the images, in pixels: every feature map covers this extent."""
-        height, width = (0, 0) if self.images is None else self.images.shape[-2:]
+        if self.images is None:
+            raise ValueError("an adapter's collect() must fill in Taps.images")
+        height, width = self.images.shape[-2:]
         return height, width

@@ -78,8 +78,8 @@ class FrozenTeacher:
     def running(self) -> Iterator[None]:
         """What is run inside is run without gradient, in the teacher's precision.
 
-        Not in inference mode: it is no faster here, and a loss could not save its tensors for
-        the student's backward.
+        Not in inference mode: it is no faster (see benchmarks/performance.md), and a loss such
+        as mimic could not save its tensors for the student's backward.
 
         Raises:
             UserError: its backbone cannot be compiled.
@@ -107,7 +107,7 @@ class FrozenTeacher:
 
 
 def fingerprint(model: Any) -> str:
-    """A digest of all that a model computes with: its class, its weights, its normalisation."""
+    """A digest of what a model is made of: its class, its weights, its normalisation."""
     digest = hashlib.blake2b(type(model).__name__.encode(), digest_size=_DIGEST)
     # In newer versions of Detectron2 the normalisation is no part of the state.
     names = ("pixel_mean", "pixel_std")
