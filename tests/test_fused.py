@@ -241,9 +241,9 @@ def test_no_large_gram_and_no_copy():
 
     A second one is what backward puts into ``.grad``.
     """
-    shape = (8, 48, 64, 96)
-    whole = 8 * 48 * 64 * 96
-    assert patch_counts(shape, 16, "spatial") == (48, 24, 2048)
+    shape = (8, 96, 64, 96)
+    whole = 8 * 96 * 64 * 96
+    assert patch_counts(shape, 16, "spatial") == (96, 24, 2048)
     assert sorted(x for x in operations(shape, inter_weight=1.0).made if x > whole // 2) in (
         [whole], [whole, whole],
     )  # fmt: skip

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pcka_distill.fused import Resize, dissimilarity_
+from pcka_distill.fused import Resize, dissimilarity_, padded
 
 __all__ = ["LAYOUTS", "linear_cka", "mimic_loss", "patch_counts", "pcka_loss", "rcka_loss"]
 
@@ -52,7 +52,7 @@ LAYOUTS = tuple(_PERMUTATIONS)
 # the device.
 _CACHE = 8 << 20
 _DEVICE_BUDGET = 64 << 20
-_LEAST = 1 << 20
+_LEAST = 2 << 20
 
 
 @contextlib.contextmanager
@@ -283,8 +283,8 @@ def _fused_pcka(
     dtype = torch.promote_types(student.dtype, torch.float32)
     on_cpu = student.device.type == "cpu"
     budget = _CACHE * torch.get_num_threads() if on_cpu else _DEVICE_BUDGET
-    # No more than a part of the features themselves; of small ones that is not worth a step.
-    budget = min(budget, max(student.nbytes // 2, _LEAST))
+    # No more than the features themselves; of small ones that is not worth a step.
+    budget = min(budget, max(student.nbytes, _LEAST))
     raised = _raised(student.shape, patch_size)
     # Patches of both and the gradient's; the stages of a resize; and half a dozen Grams.
     resized = student.shape[0] * student.shape[1] * raised[0] * raised[1] // groups
@@ -302,15 +302,16 @@ def _fused_pcka(
             parts = [x.narrow(axis, i * step, min(step, groups - i * step)) for x in parts]
         count = groups if axis is None else parts[0].shape[axis]
         if z.shape[1] != count:
-            z = loss.new_empty(2, count, n, p)
+            z = loss.new_zeros(2, count, padded(n), p)
             by_x = loss.new_empty(count, n, p) if gradient else None
             resize = Resize(parts[0].shape, raised, z) if raised != student.shape[-2:] else None
         for side, x in zip(z, parts):
             cells = _cut(resize(x) if resize else x, patch_size)
             by_group = cells.permute(order)
-            side.view(by_group.shape).copy_(by_group)
+            side[:, :n].view(by_group.shape).copy_(by_group)
         loss += dissimilarity_(
             z,
+            n,
             by_x,
             center=center,
             intra_weight=intra_weight / groups,
