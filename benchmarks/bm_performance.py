@@ -276,7 +276,7 @@ def step_section(rounds: int, device: torch.device) -> list[Row]:
             with model.teacher.running():
                 model.teacher.model.backbone(prepared)
 
-        candidates = {
+        candidates: dict[str, Callable[[], object]] = {
             "plain": functools.partial(train, model.student),
             "teacher": look,
             "distilled": functools.partial(train, model),
@@ -510,7 +510,7 @@ def plot(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 5), sharey=True)
     for axis, layout in zip(axes, ("spatial", "sample")):
         for row in rows:
             kind, name = row["name"].split(", ")
@@ -521,8 +521,10 @@ def plot(rows: list[Row], path: Path) -> None:
         axis.set(
             xscale="log", yscale="log", title=f"layout {layout}", xlabel="size / smallest size"
         )
-        axis.grid(alpha=0.3, which="both")
-        axis.legend()
+        axis.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=2)
     axes[0].set_ylabel("cost / cost of the smallest")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
