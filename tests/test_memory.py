@@ -114,7 +114,7 @@ def test_processes_exchange_gradients_once_a_batch(teacher_files, tmp_path):
         "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
     )
     try:
-        parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        parallel = nn.parallel.DistributedDataParallel(model)
         buckets = []
 
         def count(state, bucket):

@@ -198,6 +198,19 @@ def test_only_what_a_loss_reads_is_run(family, losses, expected, teacher_files, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("alike", [True, False])
+def test_the_teacher_looks_before_the_student_fills_the_memory(family, alike, teacher_files, batch):
+    """What it needs for a while then does not come on top of the student's activations."""
+    model = build(family, teacher_files, LOSSES)
+    model._alike = alike
+    order = []
+    for name, network in (("teacher", model.teacher.model), ("student", model.student)):
+        network.backbone.register_forward_hook(lambda *_, name=name: order.append(name))
+    step(model, batch)
+    assert order == ["teacher", "student"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("losses", [["PCKALoss"], LOSSES])
 def test_images_are_prepared_once_where_both_do_it_alike(
     family, losses, teacher_files, batch, monkeypatch

@@ -52,6 +52,17 @@ def test_nothing_is_kept_after_an_error():
     assert not net.recorder._taps["shared"].calls
 
 
+def test_what_comes_before_the_first_call_comes_once_and_is_forgotten():
+    net, xs, seen = Net(), [torch.zeros(1, 2), torch.ones(1, 2)], []
+    with net.recorder.recording({"shared": seen.append}) as record:
+        net(xs)
+        assert seen == [(xs[0],)] and len(record["shared"]) == 2
+    with net.recorder.recording({"shared": seen.append}):
+        pass
+    net(xs)
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
 def test_a_copy_records_into_itself(clone):
     net = Net()

@@ -260,17 +260,28 @@ class DistillationModel(nn.Module):
         """
         if not self.training or not self.distill:
             return self.student(batched_inputs)
-        with self._recorder.recording() as record:
+        frozen = self.teacher
+        assert frozen is not None  # with losses the constructor asks for one
+        maps: dict[str, Tensor] = {}
+
+        def look_first(args: tuple[Any, ...]) -> None:
+            # Before the student fills the memory with its activations: what the teacher needs for
+            # a while can be used again then.
+            maps.update(self._teacher_maps(frozen, batched_inputs, Taps(images=args[0])))
+
+        with self._recorder.recording({"backbone": look_first}) as record:
             losses = dict(self.student(batched_inputs))
             student = self._student_adapter.collect(
                 self.student, record, self._reads, batched_inputs
             )
-        assert self.teacher is not None  # with losses the constructor asks for one
-        teacher = self._teach(self.teacher, batched_inputs, student)
+        if not maps:
+            # An adapter of one's own may know of no backbone.
+            maps = self._teacher_maps(frozen, batched_inputs, student)
+        teacher = self._teach(frozen, maps, student)
         if self._classes is not None:
             for taps, adapter, model, indices in (
                 (student, self._student_adapter, self.student, self._classes[0]),
-                (teacher, self._teacher_adapter, self.teacher.model, self._classes[1]),
+                (teacher, self._teacher_adapter, frozen.model, self._classes[1]),
             ):
                 taps.logits = {
                     k: adapter.select_classes(model, x, indices) for k, x in taps.logits.items()
@@ -284,37 +295,37 @@ class DistillationModel(nn.Module):
                 losses[name] = value if factor == 1.0 else factor * value
         return losses
 
-    def _teach(
+    def _teacher_maps(
         self, frozen: FrozenTeacher, batched_inputs: list[dict[str, Any]], student: Taps
-    ) -> Taps:
-        """Run those parts of the teacher that the losses read."""
+    ) -> dict[str, Tensor]:
+        """The teacher's feature maps; of the student's taps only the images need be there."""
         adapter, model = self._teacher_adapter, frozen.model
         if self._flip_channels:
             batched_inputs = [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
 
-        def features() -> dict[str, Tensor]:
+        def compute() -> dict[str, Tensor]:
             return adapter.teacher_features(model, batched_inputs, student, alike=self._alike)
 
         with frozen.running():
             if frozen.cache is None:
-                maps = features()
-            else:
-                # A head may read any of them.
-                levels = list(adapter.feature_shapes(model))
-                if "logits" not in self._reads:
-                    levels = list({pair.teacher: None for pair in self.pairs.values()})
-                maps = frozen.cache.fetch(
-                    [x["image"] for x in batched_inputs],
-                    levels,
-                    student.padded_size,
-                    frozen.device,
-                    features,
-                )
-                rate = frozen.cache.hits / (frozen.cache.hits + frozen.cache.misses)
-                get_event_storage().put_scalar("teacher_cache_hits", rate, smoothing_hint=False)
-            teacher = Taps(features=maps, regions=student.regions)
+                return compute()
+            # A head may read any of them.
+            levels = list(adapter.feature_shapes(model))
+            if "logits" not in self._reads:
+                levels = list({pair.teacher: None for pair in self.pairs.values()})
+            images = [x["image"] for x in batched_inputs]
+            size = student.padded_size
+            maps = frozen.cache.fetch(images, levels, size, frozen.device, compute)
+        rate = frozen.cache.hits / (frozen.cache.hits + frozen.cache.misses)
+        get_event_storage().put_scalar("teacher_cache_hits", rate, smoothing_hint=False)
+        return maps
+
+    def _teach(self, frozen: FrozenTeacher, maps: dict[str, Tensor], student: Taps) -> Taps:
+        """What the losses read of the teacher, in the student's terms."""
+        teacher = Taps(features=maps, regions=student.regions)
+        with frozen.running():
             if "logits" in self._reads:
-                teacher.logits = adapter.teacher_logits(model, maps, student)
+                teacher.logits = self._teacher_adapter.teacher_logits(frozen.model, maps, student)
             if self.pairs:
                 teacher.features = align(maps, student.features, self.pairs, student.padded_size)
         return teacher

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -28,6 +28,12 @@ class _Tap:
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.open = False
+        self.before: Callable[[tuple[Any, ...]], None] | None = None
+
+    def pre_hook(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.before is not None:
+            before, self.before = self.before, None
+            before(args)
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # Returns None: the output passes on unchanged.
@@ -48,21 +54,29 @@ class Recorder:
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._taps = {name: _Tap() for name in modules}
         for name, module in modules.items():
+            module.register_forward_pre_hook(self._taps[name].pre_hook)
             module.register_forward_hook(self._taps[name].hook)
 
     @contextlib.contextmanager
-    def recording(self) -> Iterator[dict[str, list[Call]]]:
+    def recording(
+        self, before: Mapping[str, Callable[[tuple[Any, ...]], None]] | None = None
+    ) -> Iterator[dict[str, list[Call]]]:
         """Record the calls made inside the block; nothing is kept after it, even on an error.
+
+        Args:
+            before: name -> what to do, with its arguments, before the module's first call.
 
         Yields:
             name -> calls so far.
         """
         try:
-            for tap in self._taps.values():
+            for name, tap in self._taps.items():
                 tap.calls = []
                 tap.open = True
+                tap.before = (before or {}).get(name)
             yield {name: tap.calls for name, tap in self._taps.items()}
         finally:
             for tap in self._taps.values():
                 tap.calls = []
                 tap.open = False
+                tap.before = None

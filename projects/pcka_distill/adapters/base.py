@@ -110,7 +110,7 @@ class Adapter:
         Args:
             model: the teacher, in eval mode.
             batched_inputs: raw inputs, for it to normalise and pad in its own way.
-            student: the student's taps of the same inputs.
+            student: the student's taps of the same inputs; the images may be all that is there.
             alike: that way is the student's (see :func:`prepare_alike`): its images will do.
 
         Returns:
