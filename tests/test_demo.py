@@ -32,7 +32,12 @@ def test_interrupted_continued_and_run_again(tmp_path, capfd, monkeypatch):
     opts = [*SMALL, "SOLVER.MAX_ITER", 16]
     command = [sys.executable, str(REPO / "tools" / "demo.py"), "--output", str(tmp_path)]
     demo = subprocess.Popen(
-        [*command, *map(str, opts)], stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*command, *map(str, opts)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell's background jobs ignore it, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     first = tmp_path / "teacher" / "last_checkpoint"
     while not first.exists():
