@@ -109,7 +109,9 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     ) as profile:
         run()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    # Older torch counts in microseconds; of equal ones the order is that of the events.
+    events.sort(key=lambda e: e.start_ns() if hasattr(e, "start_ns") else e.start_us())
+    sizes = [e.nbytes() for e in events]
     return max(itertools.accumulate(sizes), default=0)
 
 
