@@ -2,7 +2,7 @@
 """Distil a detector that neither Detectron2 nor pcka_distill knows: write its adapter.
 
 The detector is a CenterNet in miniature (Zhou et al., 2019): a heatmap of object centres, one
-channel a class, and a box for each cell. What distillation needs to know about it is the 29 lines
+channel a class, and a box for each cell. What distillation needs to know about it is the 26 lines
 of CenterNetAdapter. Run it anywhere; it trains for a few iterations on the digits set:
 
     python examples/own_detector.py
@@ -84,12 +84,9 @@ class CenterNetAdapter(Adapter):
         points = super().hook_points(model, reads)
         return {**points, "heatmap": model.heatmap} if "logits" in reads else points
 
-    def collect(self, model, record, reads, batched_inputs):
-        taps = super().collect(model, record, reads, batched_inputs)
-        if "logits" in reads:
-            # (B, K, H, W) -> (B, H*W, K)
-            taps.logits = {"heatmap": record["heatmap"][-1].output.flatten(2).mT}
-        return taps
+    def read_logits(self, model, record, taps):
+        # (B, K, H, W) -> (B, H*W, K)
+        taps.logits = {"heatmap": record["heatmap"][-1].output.flatten(2).mT}
 
     def teacher_logits(self, model, features, student):
         heatmap = self.cut(model.heatmap(features["p3"]), student.padded_size, model.stride)

@@ -85,7 +85,26 @@ class Adapter:
             batched_inputs: what it was given.
         """
         call = record["backbone"][-1]
-        return Taps(features=dict(call.output), images=call.args[0])
+        taps = Taps(features=dict(call.output), images=call.args[0])
+        if "foreground" in reads:
+            self.read_foreground(model, batched_inputs, taps)
+        if "logits" in reads:
+            self.read_logits(model, record, taps)
+        return taps
+
+    def read_logits(self, model: Any, record: Record, taps: Taps) -> None:
+        """Add the student's logits, and the regions that they stand for, to its taps.
+
+        Args:
+            model: the student.
+            record: its recorded calls at the hook points.
+            taps: what is there already: features and images.
+        """
+        raise NotImplementedError
+
+    def read_foreground(self, model: Any, batched_inputs: list[dict[str, Any]], taps: Taps) -> None:
+        """Likewise the rows of the logits that the student's labels match with an object."""
+        raise NotImplementedError
 
     def teacher_logits(
         self, model: Any, features: dict[str, Tensor], student: Taps

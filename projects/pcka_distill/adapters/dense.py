@@ -53,26 +53,18 @@ class DenseAdapter(Adapter):
         points = super().hook_points(model, reads)
         return {**points, "head": model.head} if "logits" in reads else points
 
-    def collect(
-        self,
-        model: Any,
-        record: Record,
-        reads: Collection[str],
-        batched_inputs: list[dict[str, Any]],
-    ) -> Taps:
-        taps = super().collect(model, record, reads, batched_inputs)
-        if "foreground" in reads:
-            maps = [taps.features[f] for f in model.head_in_features]
-            anchors = model.anchor_generator(maps)
-            truth = [x["instances"].to(maps[0].device) for x in batched_inputs]
-            labels = torch.stack(model.label_anchors(anchors, truth)[0])
-            # Background is num_classes, what is ignored is -1.
-            objects = (labels >= 0) & (labels < model.num_classes)
-            sizes = [len(a) for a in anchors]
-            taps.foreground = dict(zip(model.head_in_features, objects.split(sizes, dim=1)))
-        if "logits" in reads:
-            taps.logits = self._groups(model, record["head"][-1].output[0])
-        return taps
+    def read_logits(self, model: Any, record: Record, taps: Taps) -> None:
+        taps.logits = self._groups(model, record["head"][-1].output[0])
+
+    def read_foreground(self, model: Any, batched_inputs: list[dict[str, Any]], taps: Taps) -> None:
+        maps = [taps.features[f] for f in model.head_in_features]
+        anchors = model.anchor_generator(maps)
+        truth = [x["instances"].to(maps[0].device) for x in batched_inputs]
+        labels = torch.stack(model.label_anchors(anchors, truth)[0])
+        # Background is num_classes, what is ignored is -1.
+        objects = (labels >= 0) & (labels < model.num_classes)
+        sizes = [len(a) for a in anchors]
+        taps.foreground = dict(zip(model.head_in_features, objects.split(sizes, dim=1)))
 
     def teacher_logits(
         self, model: Any, features: dict[str, Tensor], student: Taps

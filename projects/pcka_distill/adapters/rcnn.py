@@ -110,21 +110,12 @@ class RCNNAdapter(Adapter):
             points.update(zip(head.groups, head.predictors))
         return points
 
-    def collect(
-        self,
-        model: Any,
-        record: Record,
-        reads: Collection[str],
-        batched_inputs: list[dict[str, Any]],
-    ) -> Taps:
-        taps = super().collect(model, record, reads, batched_inputs)
-        if "logits" in reads:
-            # The pooler is called once a stage, in their order.
-            head = _box_head(model)
-            for group, predictor, pooled in zip(head.groups, head.predictors, record["pooler"]):
-                taps.regions[group] = list(pooled.args[1])
-                taps.logits[group] = _logits(predictor, record[group][-1].output)
-        return taps
+    def read_logits(self, model: Any, record: Record, taps: Taps) -> None:
+        # The pooler is called once a stage, in their order.
+        head = _box_head(model)
+        for group, predictor, pooled in zip(head.groups, head.predictors, record["pooler"]):
+            taps.regions[group] = list(pooled.args[1])
+            taps.logits[group] = _logits(predictor, record[group][-1].output)
 
     def teacher_logits(
         self, model: Any, features: dict[str, Tensor], student: Taps
