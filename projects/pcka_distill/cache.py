@@ -57,7 +57,6 @@ class FeatureCache:
 
     def __init__(self, folder: str | os.PathLike[str], max_bytes: int, owner: str) -> None:
         self.hits = self.misses = self.damaged = 0
-        self._owner = owner
         self._whole = Path(folder)
         self._folder = self._whole / hashlib.blake2b(owner.encode(), digest_size=8).hexdigest()
         self._max_bytes = max_bytes
@@ -120,7 +119,7 @@ class FeatureCache:
         }
 
     def _path(self, image: Tensor, levels: Sequence[str], padded_size: tuple[int, int]) -> Path:
-        facts = (self._owner, sorted(levels), tuple(image.shape), tuple(padded_size))
+        facts = (sorted(levels), tuple(image.shape), tuple(padded_size))
         digest = hashlib.blake2b(repr(facts).encode())
         digest.update(image.contiguous().cpu().numpy().data)
         name = digest.hexdigest()[:40]
@@ -159,9 +158,9 @@ class FeatureCache:
         torch.save({level: tuple(x.cpu() for x in part) for level, part in entry.items()}, buffer)
         data = buffer.getvalue()
         self._writes += 1
-        self._left -= len(data) * comm.get_world_size()
-        if self._writes % _MEASURE_EVERY == 0:
+        if self._writes == _MEASURE_EVERY:
             self._measure()
+        self._left -= len(data) * comm.get_world_size()
         if self._left <= 0:
             self._stop("it is full")
             return

@@ -289,18 +289,17 @@ def _fused_pcka(
     # Patches of both and the gradient's; the stages of a resize; and half a dozen Grams.
     resized = student.shape[0] * student.shape[1] * raised[0] * raised[1] // groups
     values = 3 * n * p + (3 * resized if raised != student.shape[-2:] else 0) + 6 * n * n
-    step = max(1, min(groups, budget // (values * dtype.itemsize)))
+    step = groups if axis is None else max(1, min(groups, budget // (values * dtype.itemsize)))
 
     loss = torch.zeros((), dtype=dtype, device=student.device)
     grad = torch.empty_like(student, dtype=dtype) if gradient else None
-    steps = 1 if axis is None else -(-groups // step)
     # All steps but the last are of one size, and work in the same memory.
     z, by_x, resize = loss.new_empty(2, 0), None, None
-    for i in range(steps):
+    for start in range(0, groups, step):
+        count = min(step, groups - start)
         parts = [student, teacher] if grad is None else [student, teacher, grad]
         if axis is not None:
-            parts = [x.narrow(axis, i * step, min(step, groups - i * step)) for x in parts]
-        count = groups if axis is None else parts[0].shape[axis]
+            parts = [x.narrow(axis, start, count) for x in parts]
         if z.shape[1] != count:
             z = loss.new_zeros(2, count, padded(n), p)
             by_x = loss.new_empty(count, n, p) if gradient else None
