@@ -45,6 +45,8 @@ def distill_cfg(family, weights, *opts):
             *("MODEL.DISTILL.PCKA.LEVELS", LEVELS[family]),
             *("MODEL.DISTILL.PCKA.PATCH_SIZE", (2,)),
             *("MODEL.DISTILL.PCKA.LAYOUT", "sample"),
+            # The centred relation of the two images of a batch is constant.
+            *("MODEL.DISTILL.FCKA.CENTER", False),
             *opts,
         ]
     )

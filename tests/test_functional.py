@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pcka_distill import functional
+from pcka_distill import baselines, functional
 from pcka_distill.functional import (
+    CHANNEL_FREE_LAYOUTS,
     LAYOUTS,
     linear_cka,
-    mimic_loss,
     pcka_loss,
     rcka_loss,
 )
@@ -74,6 +74,16 @@ def np_patches(x, p, layout):
         return [
             np.stack([np.concatenate([cell(i, ch, *g).ravel() for ch in range(c)]) for g in grid])
             for i in range(b)
+        ]
+    if layout == "batch":
+        return [
+            np.stack(
+                [
+                    np.concatenate([cell(i, ch, *g).ravel() for ch in range(c)])
+                    for i in range(b)
+                    for g in grid
+                ]
+            )
         ]
     return [
         np.stack([[cell(i, ch, *g)[dy, dx] for i in range(b) for ch in range(c)] for g in grid])
@@ -218,6 +228,50 @@ def test_pcka_equals_the_definition(layout, center, debiased):
     assert ours.item() == pytest.approx(2 * intra + 3 * inter, abs=1e-9)
 
 
+@pytest.mark.parametrize("layout", CHANNEL_FREE_LAYOUTS)
+def test_pcka_of_other_channels_equals_the_definition(layout):
+    s, t = rand(2, 3, 8, 12).double().requires_grad_(), rand(2, 5, 8, 12, seed=1).double()
+    pairs = zip(np_patches(s.detach().numpy(), 4, layout), np_patches(t.numpy(), 4, layout))
+    expected = np.mean([1 - np_cka(x, y) for x, y in pairs])
+    assert pcka_loss(s, t, patch_size=4, layout=layout).item() == pytest.approx(expected)
+    assert torch.autograd.gradcheck(lambda x: pcka_loss(x, t, patch_size=4, layout=layout), s)
+
+
+@pytest.mark.parametrize(
+    ("form", "oracle"), [("sqrt", lambda c: 1 - np.sqrt(c)), ("log", lambda c: -np.log(c))]
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_forms_equal_the_definition(form, oracle, layout):
+    s, t = rand(2, 3, 8, 12).double(), rand(2, 3, 8, 12, seed=1).double()
+    weights = {"intra_weight": 2.0, "inter_weight": 3.0}
+    ours = pcka_loss(s, t, patch_size=4, layout=layout, form=form, **weights)
+    pairs = list(zip(np_patches(s.numpy(), 4, layout), np_patches(t.numpy(), 4, layout)))
+    intra = np.mean([oracle(np_cka(x, y)) for x, y in pairs])
+    inter = np.mean([oracle(np_cka(x.T, y.T)) for x, y in pairs])
+    assert ours.item() == pytest.approx(2 * intra + 3 * inter)
+
+
+@pytest.mark.parametrize("form", ["sqrt", "log"])
+def test_forms_have_a_slope_where_cka_has_none(form):
+    """A student that is barely related: r = 1e-3, of which the square is no news."""
+    t = rand(1, 1, 8, 8).double()
+    noise = rand(1, 1, 8, 8, seed=1).double()
+    t, noise = ((x - x.mean()) / x.std() for x in (t, noise))
+    noise = noise - (noise * t).mean() / t.square().mean() * t
+    gradients = {}
+    for name in ("cka", form):
+        s = (noise + 1e-3 * t).requires_grad_()
+        pcka_loss(s, t, patch_size=1, layout="sample", form=name).backward()
+        gradients[name] = -(s.grad * t).sum().item()
+    assert 0 < gradients["cka"] < 5e-3 and gradients[form] > 100 * gradients["cka"] / 10
+    # And none is infinite: below a floor it is a straight line, also of no relation at all.
+    for r in (1e-9, 0.0):
+        s = (noise + r * t).requires_grad_()
+        loss = pcka_loss(s, t, patch_size=1, layout="sample", form=form)
+        loss.backward()
+        assert torch.isfinite(loss) and s.grad.abs().max() < 1
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pcka_gradcheck(layout):
     s, t = rand(2, 2, 5, 6).double().requires_grad_(), rand(2, 2, 5, 6, seed=1).double()
@@ -324,6 +378,12 @@ def test_pcka_rejects_what_it_cannot_compare():
         pcka_loss(x, rand(1, 3, 4, 4))
     with pytest.raises(ValueError, match="unknown layout 'diagonal'"):
         pcka_loss(x, x, layout="diagonal")
+    with pytest.raises(ValueError, match="unknown form 'square', expected one of cka, sqrt, log"):
+        pcka_loss(x, x, form="square")
+    for layout in CHANNEL_FREE_LAYOUTS:
+        pcka_loss(x, rand(1, 3, 4, 4), patch_size=1, layout=layout)
+        with pytest.raises(ValueError, match="maps of one shape"):
+            pcka_loss(x, rand(1, 3, 4, 4), patch_size=1, layout=layout, inter_weight=1.0)
     with pytest.raises(ValueError, match="at least 1"):
         pcka_loss(x, x, patch_size=0)
 
@@ -335,13 +395,12 @@ def test_half_precision_computes_in_fp32(dtype):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = pcka_loss(s, t, patch_size=4, inter_weight=1.0)
         logits = rcka_loss(s.flatten(1), t.flatten(1))
-        mimic = mimic_loss(s * 1000, t * 1000)
-    assert loss.dtype == logits.dtype == mimic.dtype == torch.float32
+    assert loss.dtype == logits.dtype == torch.float32
     assert torch.equal(loss, expected)
     assert torch.equal(logits, rcka_loss(s.flatten(1).float(), t.flatten(1).float()))
 
 
-# ---- rcka_loss, mimic_loss -------------------------------------------------------------------
+# ---- rcka_loss -------------------------------------------------------------------------------
 
 
 def test_rcka_equals_the_definition():
@@ -366,14 +425,7 @@ def test_rcka_rejects_what_it_cannot_compare():
         rcka_loss(rand(4, 5), rand(4, 5), temperature=-1.0)
 
 
-def test_mimic_is_the_mean_square():
-    s, t = rand(2, 3, 4, 5).double(), rand(2, 3, 4, 5, seed=1).double()
-    assert mimic_loss(s, t).item() == pytest.approx(((s - t).numpy() ** 2).mean())
-    empty = torch.zeros(0, 3, 4, 4, requires_grad=True)
-    mimic_loss(empty, empty.detach()).backward()
-    with pytest.raises(ValueError, match="one shape"):
-        mimic_loss(s, t[:1])
-
-
-def test_doctests():
-    assert doctest.testmod(functional).failed == 0
+@pytest.mark.parametrize("module", [functional, baselines])
+def test_doctests(module):
+    done = doctest.testmod(module)
+    assert done.attempted and not done.failed

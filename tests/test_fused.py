@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pcka_distill import functional
-from pcka_distill.functional import LAYOUTS, patch_counts, pcka_loss
+from pcka_distill.functional import FORMS, LAYOUTS, patch_counts, pcka_loss
 
 ATEN = torch.ops.aten
 WEIGHTS = [(1.0, 0.0), (0.0, 2.0), (3.0, 2.0)]
@@ -15,17 +15,17 @@ def rand(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def plain(student, teacher, patch_size, layout, center, intra_weight, inter_weight):
+def plain(student, teacher, patch_size, layout, center, intra_weight, inter_weight, form="cka"):
     """The form that autograd differentiates; test_functional.py holds it to the definition."""
     x, y = (functional._to_patches(z, patch_size, layout) for z in (student, teacher))
-    loss = intra_weight * functional._dissimilarity(x, y, center)
-    return loss + inter_weight * functional._dissimilarity(x.mT, y.mT, center)
+    loss = intra_weight * functional._dissimilarity(x, y, center, form=form)
+    return loss + inter_weight * functional._dissimilarity(x.mT, y.mT, center, form=form)
 
 
 def both_forms(student, teacher, *settings, scale=1.0):
     """(loss, gradient) of the fused and of the plain form."""
     results = []
-    names = ("patch_size", "layout", "center", "intra_weight", "inter_weight")
+    names = ("patch_size", "layout", "center", "intra_weight", "inter_weight", "form")
     for form in (lambda s: pcka_loss(s, teacher, **dict(zip(names, settings))),
                  lambda s: plain(s, teacher, *settings)):  # fmt: skip
         x = student.clone().requires_grad_()
@@ -53,6 +53,21 @@ def test_equal_to_the_plain_form(layout, center, weights, shape, patch, cache, m
     )
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("near", [0.0, 0.5, 1.0])
+def test_forms_equal_to_the_plain_form(form, weights, near):
+    """Down to where the CKA is below the floor, and up to where it is 1."""
+    t = rand(2, 4, 8, 12, seed=1, dtype=torch.float64)
+    s = near * t + (1 - near) * rand(2, 4, 8, 12, dtype=torch.float64)
+    for layout, patch in (("sample", 1), ("sample", 2), ("spatial", 4)):
+        (loss, grad), (expected, expected_grad) = both_forms(
+            s, t, patch, layout, True, *weights, form
+        )
+        torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-8, atol=1e-13)
 
 
 @pytest.mark.parametrize("layout", ["spatial", "sample"])
@@ -142,7 +157,7 @@ def test_rounding_errors_of_a_constant_map_are_no_variation(layout, weights, sid
     shape, (intra, inter) = (3, 3, 12, 20), weights
     maps = {"student": rand(*shape), "teacher": rand(*shape, seed=1)}
     maps[side] = torch.linspace(0.1, 777.7, 3).view(1, 3, 1, 1).expand(shape)
-    if layout == "per_image" or layout == "per_position":
+    if layout in ("per_image", "per_position", "batch"):
         maps[side] = torch.full(shape, 0.1)
     student = maps["student"].clone().requires_grad_()
     loss = pcka_loss(

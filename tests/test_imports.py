@@ -15,6 +15,7 @@ ALLOWED = {
     "errors": set(),
     "fused": set(),
     "functional": {"fused"},
+    "baselines": {"functional"},
     "structures": set(),
     "recorder": set(),
     "config": set(),
@@ -25,7 +26,7 @@ ALLOWED = {
     "checkpoint": set(),
     "cache": {"errors"},
     "teacher": {"errors", "cache", "checkpoint"},
-    "losses": {"errors", "functional", "structures", "pairing"},
+    "losses": {"errors", "functional", "baselines", "structures", "pairing"},
     "adapters": {"errors", "structures", "recorder"},
     "build": {"errors", "cache", "config", "losses", "teacher"},
     "meta_arch": {
@@ -35,11 +36,13 @@ ALLOWED = {
     "engine": {"errors", "config", "checkpoint", "adapters", "build", "memory", "meta_arch"},
     "bench": {"errors", "build"},
     "demo": {"bench", "build"},
+    "compare": {"errors", "bench"},
 }  # fmt: skip
 # What a module must not know of the outside.
 FORBIDDEN = {
     "fused": ("detectron2",),
     "functional": ("detectron2",),
+    "baselines": ("detectron2",),
     "recorder": ("detectron2",),
     "structures": ("detectron2",),
     "config": ("torch",),

@@ -7,14 +7,37 @@ import torch
 
 from pcka_distill import (
     DISTILL_LOSS_REGISTRY,
+    ATLoss,
+    CWDLoss,
+    DISTLoss,
+    DKDLoss,
+    FCKALoss,
+    FGDLoss,
+    KDLoss,
+    MGDLoss,
     MimicLoss,
     PCKALoss,
+    PKDLoss,
     RCKALoss,
+    ReviewKDLoss,
+    SPLoss,
     Taps,
     UserError,
     get_distill_cfg,
 )
-from pcka_distill.functional import pcka_loss, rcka_loss
+from pcka_distill.baselines import (
+    at_loss,
+    cwd_loss,
+    dist_loss,
+    dkd_loss,
+    fgd_focal_loss,
+    hcl_loss,
+    kd_loss,
+    object_masks,
+    pkd_loss,
+    sp_loss,
+)
+from pcka_distill.functional import fcka_loss, pcka_loss, rcka_loss
 from pcka_distill.pairing import LevelPair
 
 
@@ -82,16 +105,32 @@ def test_rcka_takes_the_teachers_best_rows_of_each_image():
 def test_rcka_of_the_foreground(k):
     s = Taps(logits={"p3": rand(2, 30, 5), "p4": rand(2, 7, 5, seed=1)})
     t = Taps(logits={"p3": rand(2, 30, 5, seed=2), "p4": rand(2, 7, 5, seed=3)})
-    s.foreground = {"p3": rand(2, 30, seed=4) > 1, "p4": rand(2, 7, seed=5) > 1}
+    generator = torch.Generator().manual_seed(4)
+    # Classes 0 to 4, background 5, ignored -1.
+    s.labels = {
+        k: torch.randint(-1, 6, x.shape[:2], generator=generator) for k, x in s.logits.items()
+    }
+    s.sigmoid = True
     x, y = (torch.cat(list(taps.logits.values()), 1) for taps in (s, t))
-    fg = torch.cat(list(s.foreground.values()), 1)
+    labels = torch.cat(list(s.labels.values()), 1)
+    fg = (labels != -1) & (labels != 5)
     rows = [
         sorted(fg[i].nonzero().flatten().tolist(), key=lambda r, i=i: -y[i, r].max())[: k or None]
         for i in range(2)
     ]
     x, y = (torch.cat([z[i, r] for i, r in enumerate(rows)]) for z in (x, y))
-    losses = RCKALoss(topk_per_image=k)(s, t)
+    losses = RCKALoss(topk_per_image=k, foreground_only=True)(s, t)
     torch.testing.assert_close(losses["loss_rcka_intra"], rcka_loss(x, y, inter_weight=0))
+
+
+def test_the_foreground_of_a_box_head():
+    """Of a softmax the last column is the background, which is the largest label."""
+    x, y = rand(9, 4), rand(9, 4, seed=1)
+    labels = torch.tensor([0, 3, 2, -1, 1, 3, 2, 2, 0])
+    s, t = Taps(logits={"box": x}, labels={"box": labels}), Taps(logits={"box": y})
+    kept = [0, 2, 4, 6, 7, 8]
+    losses = RCKALoss(foreground_only=True)(s, t)
+    torch.testing.assert_close(sum(losses.values()), rcka_loss(x[kept], y[kept]))
 
 
 def test_rcka_takes_all_rows_of_a_box_head():
@@ -100,13 +139,208 @@ def test_rcka_takes_all_rows_of_a_box_head():
     torch.testing.assert_close(sum(losses.values()), rcka_loss(x, y))
 
 
+def logit_taps(groups, seed=0, **kwargs):
+    return Taps(
+        logits={k: rand(*shape, seed=seed + i) for i, (k, shape) in enumerate(groups.items())},
+        **kwargs,
+    )
+
+
+def test_kd_by_the_kind_of_head():
+    """A softmax of a box head, classes one by one of a dense head, a term for each stage."""
+    box = {"box": (9, 4)}
+    s, t = logit_taps(box), logit_taps(box, 5)
+    loss = KDLoss(weight=2.0, temperature=3.0)(s, t)
+    expected = 2 * kd_loss(s.logits["box"], t.logits["box"], temperature=3.0)
+    assert list(loss) == ["loss_kd"]
+    torch.testing.assert_close(loss["loss_kd"], expected)
+
+    dense = {"p3": (2, 6, 5), "p4": (2, 3, 5)}
+    s, t = logit_taps(dense, sigmoid=True), logit_taps(dense, 5, sigmoid=True)
+    x, y = (torch.cat(list(z.logits.values()), 1).flatten(0, 1) for z in (s, t))
+    loss = KDLoss(topk_per_image=0)(s, t)
+    torch.testing.assert_close(loss["loss_kd"], kd_loss(x, y, sigmoid=True))
+
+    stages = {"stage0": (9, 4), "stage1": (9, 4)}
+    loss = KDLoss(levels=("stage1",))(logit_taps(stages), logit_taps(stages, 5))
+    assert list(loss) == ["loss_kd_stage1"]
+
+
+def test_dkd_is_of_the_students_labels():
+    box = {"box": (9, 4)}
+    labels = torch.tensor([0, 3, 2, -1, 1, 3, 2, 2, 0])
+    s, t = logit_taps(box, labels={"box": labels}), logit_taps(box, 5)
+    loss = DKDLoss(alpha=2.0, beta=3.0, temperature=2.0, weight=4.0)(s, t)
+    expected = dkd_loss(
+        s.logits["box"], t.logits["box"], labels, alpha=2.0, beta=3.0, temperature=2.0
+    )
+    torch.testing.assert_close(loss["loss_dkd"], 4 * expected)
+    with pytest.raises(UserError, match="use KDLoss"):
+        DKDLoss().check_logits(5, sigmoid=True)
+    DKDLoss().check_logits(5, sigmoid=False)
+
+
+def test_dist_by_the_kind_of_head():
+    dense = {"p3": (2, 6, 5)}
+    s, t = logit_taps(dense, sigmoid=True), logit_taps(dense, 5)
+    loss = DISTLoss(inter_weight=2.0, intra_weight=0.5, temperature=2.0)(s, t)
+    x, y = (z.logits["p3"].flatten(0, 1) for z in (s, t))
+    options = {"inter_weight": 2.0, "intra_weight": 0.5, "temperature": 2.0, "sigmoid": True}
+    # The best-scored first: of all rows that is another order, and no other loss.
+    torch.testing.assert_close(loss["loss_dist"], dist_loss(x, y, **options))
+
+
+@pytest.mark.parametrize(
+    ("loss", "function"),
+    [
+        (ATLoss, at_loss),
+        (CWDLoss, cwd_loss),
+        (PKDLoss, pkd_loss),
+        (SPLoss, sp_loss),
+        (FCKALoss, fcka_loss),
+    ],
+)
+def test_feature_losses_are_their_functions(loss, function):
+    s, t = feature_taps(0), feature_taps(1)
+    made = loss(weight=3.0)
+    made.attach({"p3": pair("p3"), "p4": pair("p4")})
+    assert not made.projections
+    losses = made(s, t)
+    for level in s.features:
+        expected = 3 * function(s.features[level], t.features[level])
+        torch.testing.assert_close(losses[f"loss_{made.name}_{level}"], expected)
+    temperature = {CWDLoss: {"temperature": 4.0}, FCKALoss: {"center": False}}.get(loss)
+    if temperature:
+        value = loss(**temperature)(s, t)[f"loss_{made.name}_p3"]
+        expected = function(s.features["p3"], t.features["p3"], **temperature)
+        torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        ATLoss,
+        SPLoss,
+        FCKALoss,
+        lambda: PCKALoss(patch_size=2, layout="batch"),
+        lambda: PCKALoss(patch_size=2, layout="per_image"),
+    ],
+)
+def test_who_needs_no_projection_for_other_channels(build):
+    loss = build()
+    loss.attach({"p3": pair("p3", 4, 6)})
+    assert not list(loss.parameters())
+    s, t = feature_taps(0), feature_taps(1)
+    t.features["p3"] = rand(2, 6, 8, 8, seed=3)
+    s.features["p3"].requires_grad_()
+    loss(s, t)[f"loss_{loss.name}_p3"].backward()
+    assert s.features["p3"].grad.abs().sum() > 0
+
+
+def test_with_inter_relations_channels_must_agree():
+    loss = PCKALoss(patch_size=2, layout="batch", inter_weight=1.0)
+    loss.attach({"p3": pair("p3", 4, 6)})
+    assert list(loss.projections) == ["p3"]
+
+
+def test_relations_of_too_few_images():
+    shapes = {"p3": (2, 4, 8, 8)}
+    FCKALoss(center=False).check_maps(shapes)
+    SPLoss().check_maps(shapes)
+    with pytest.raises(UserError, match="fewer than 3 images is constant, and a batch has 2"):
+        FCKALoss().check_maps(shapes)
+    for loss in (FCKALoss(center=False), SPLoss()):
+        with pytest.raises(UserError, match="raise SOLVER.IMS_PER_BATCH"):
+            loss.check_maps({"p3": (1, 4, 8, 8)})
+
+
+def test_fgd_weighs_objects_and_relates_the_whole():
+    s, t = feature_taps(0), feature_taps(1)
+    s.images = torch.zeros(2, 3, 32, 32)
+    s.boxes = [torch.tensor([[4.0, 4.0, 20.0, 16.0]]), torch.zeros(0, 4)]
+    options = {"alpha": 0.3, "beta": 0.2, "gamma": 0.1, "temperature": 0.7}
+    loss = FGDLoss(weight=2.0, global_weight=0.5, **options)
+    loss.attach({"p3": pair("p3"), "p4": pair("p4")})
+    losses = loss(s, t)
+    for level, x in s.features.items():
+        y = t.features[level]
+        focal = fgd_focal_loss(x, y, *object_masks(s.boxes, (32, 32), x), **options)
+        # The context blocks start as the identity.
+        expected = 2 * (focal + 0.5 * ((x - y) ** 2).sum() / 2)
+        torch.testing.assert_close(losses[f"loss_fgd_{level}"], expected)
+    context = loss.mine["p3"]
+    torch.nn.init.normal_(context.transform[-1].weight)
+    x = s.features["p3"]
+    attention = context.attention(x).flatten(1).softmax(1)
+    pooled = (x.flatten(2) * attention[:, None]).sum(-1)[..., None, None]
+    torch.testing.assert_close(context(x), x + context.transform(pooled))
+    # Without it there is nothing to train.
+    alone = FGDLoss(global_weight=0.0)
+    alone.attach({"p3": pair("p3")})
+    assert not list(alone.parameters())
+
+
+def test_mgd_generates_from_what_is_left():
+    loss = MGDLoss(mask_ratio=0.5, weight=2.0)
+    loss.attach({"p3": pair("p3")})
+    s, t = feature_taps(0), feature_taps(1)
+    seen = []
+    loss.generators["p3"].register_forward_hook(lambda _, x, y: seen.append((x[0], y)))
+    before = torch.get_rng_state()
+    first = loss(s, t)
+    assert torch.equal(torch.get_rng_state(), before)  # the student's are left alone
+    masked, made = seen[0]
+    kept = (masked != 0).any(1, keepdim=True)
+    assert 0.3 < kept.float().mean() < 0.7
+    assert torch.equal(masked, s.features["p3"] * kept)
+    torch.testing.assert_close(first["loss_mgd_p3"], 2 * ((made - t.features["p3"]) ** 2).mean())
+    loss(s, t)
+    assert not torch.equal(seen[1][0] != 0, masked != 0)
+    # A resumed run goes on with the masks.
+    state = {k: v.clone() for k, v in loss.state_dict().items()}
+    loss(s, t)
+    resumed = MGDLoss(mask_ratio=0.5)
+    resumed.attach({"p3": pair("p3")})
+    resumed.load_state_dict(state)
+    resumed.generators["p3"].register_forward_hook(lambda _, x, y: seen.append((x[0], y)))
+    resumed(s, t)
+    assert torch.equal(seen[-1][0], seen[-2][0])
+
+
+def test_reviewkd_fuses_from_the_top():
+    loss = ReviewKDLoss(weight=2.0, hidden=6).eval()
+    s, t = feature_taps(0), feature_taps(1)
+    fine, coarse = LevelPair("p3", "p3", 4, 4, 8, 8), LevelPair("p4", "p4", 4, 4, 16, 16)
+    loss.attach({"p3": fine, "p4": coarse})
+    losses = loss(s, t)
+    assert list(losses) == ["loss_reviewkd_p4", "loss_reviewkd_p3"]
+    top, bottom = loss.fusions["p4"], loss.fusions["p3"]
+    above = top.reduce(s.features["p4"])
+    torch.testing.assert_close(
+        losses["loss_reviewkd_p4"], 2 * hcl_loss(top.expand(above), t.features["p4"])
+    )
+    own = bottom.reduce(s.features["p3"])
+    above = above.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    share = bottom.attention(torch.cat([own, above], 1)).sigmoid()
+    fused = own * share[:, 0:1] + above * share[:, 1:2]
+    torch.testing.assert_close(
+        losses["loss_reviewkd_p3"], 2 * hcl_loss(bottom.expand(fused), t.features["p3"])
+    )
+
+
+def test_the_weight_falls_to_zero():
+    loss = PCKALoss(warmup_iters=2, decay_iters=(4, 8))
+    expected = [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0, 0]
+    assert [loss.schedule(i) for i in range(10)] == expected
+
+
 def test_warm_up_rises_linearly_to_full_weight():
     loss = PCKALoss(warmup_iters=4)
     assert [loss.schedule(i) for i in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert PCKALoss().schedule(0) == 1.0
 
 
-@pytest.mark.parametrize("name", ["PCKALoss", "RCKALoss", "MimicLoss"])
+@pytest.mark.parametrize("name", [name for name, _ in DISTILL_LOSS_REGISTRY])
 def test_every_loss_can_be_built_from_its_defaults(name):
     loss = DISTILL_LOSS_REGISTRY.get(name)(get_distill_cfg())
     assert loss.weight == 1.0 and loss.reads
@@ -125,7 +359,20 @@ def test_every_loss_can_be_built_from_its_defaults(name):
         (lambda: PCKALoss(intra_weight=0.0), "INTRA_WEIGHT and INTER_WEIGHT must be positive"),
         (lambda: PCKALoss(inter_weight=-1.0), "none negative; got 1.0 and -1.0"),
         (lambda: RCKALoss(intra_weight=0.0, inter_weight=0.0), "must be positive"),
-        (lambda: RCKALoss(topk_per_image=-1), "must not be negative"),
+        (lambda: RCKALoss(topk_per_image=-1), "RCKALoss: TOPK_PER_IMAGE must not be negative"),
+        (lambda: KDLoss(topk_per_image=-1), "KDLoss: TOPK_PER_IMAGE must not be negative"),
+        (lambda: RCKALoss(temperature=-1.0), "TEMPERATURE must not be negative"),
+        (lambda: PCKALoss(form="x"), "unknown form 'x', expected cka, sqrt, log"),
+        (lambda: PKDLoss(decay_iters=(5,)), r"PKDLoss: the decay is .* got \[5\]"),
+        (lambda: PKDLoss(decay_iters=(5, 5)), "from one iteration to a later one"),
+        (lambda: CWDLoss(temperature=0.0), "CWDLoss: TEMPERATURE must be positive"),
+        (lambda: KDLoss(temperature=0.0), "KDLoss: TEMPERATURE must be positive"),
+        (lambda: DISTLoss(temperature=0.0), "DISTLoss: TEMPERATURE must be positive"),
+        (lambda: DISTLoss(inter_weight=0.0, intra_weight=0.0), "DISTLoss: one of INTRA_WEIGHT"),
+        (lambda: DKDLoss(alpha=0.0, beta=0.0), "DKDLoss: ALPHA and BETA"),
+        (lambda: FGDLoss(gamma=-1.0), "FGDLoss: ALPHA, BETA, GAMMA and GLOBAL_WEIGHT"),
+        (lambda: MGDLoss(mask_ratio=1.0), r"MASK_RATIO must be in \[0, 1\), got 1.0"),
+        (lambda: ReviewKDLoss(hidden=-1), "HIDDEN must not be negative"),
     ],
 )
 def test_settings_that_cannot_work(build, message):
@@ -215,10 +462,10 @@ def test_rcka_reads_the_levels_it_is_given():
 
 
 def test_classes_too_few_to_relate():
-    RCKALoss().check_logits(3)
-    RCKALoss(center=False).check_logits(2)
-    RCKALoss(inter_weight=0.0).check_logits(1)
+    RCKALoss().check_logits(3, sigmoid=True)
+    RCKALoss(center=False).check_logits(2, sigmoid=True)
+    RCKALoss(inter_weight=0.0).check_logits(1, sigmoid=True)
     with pytest.raises(UserError, match=r"have 2; set MODEL\.DISTILL\.RCKA\.INTER_WEIGHT 0"):
-        RCKALoss().check_logits(2)
+        RCKALoss().check_logits(2, sigmoid=True)
     with pytest.raises(UserError, match="softmax of one class"):
-        RCKALoss(inter_weight=0.0, temperature=2.0).check_logits(1)
+        RCKALoss(inter_weight=0.0, temperature=2.0).check_logits(1, sigmoid=True)

@@ -9,14 +9,17 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, StandardROIHeads, build_model
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
 from helpers import FAMILIES, LEVELS, STAGES, digits_cfg, distill_cfg, make_batch
 from torch import nn
 
 from pcka_distill import (
+    DISTILL_LOSS_REGISTRY,
     DistillationModel,
     DistillLoss,
+    FGDLoss,
     FrozenTeacher,
     MimicLoss,
     PCKALoss,
@@ -24,17 +27,27 @@ from pcka_distill import (
     UserError,
     student_config,
 )
-from pcka_distill.adapters import prepare_alike
+from pcka_distill.adapters import find_adapter, prepare_alike
+from pcka_distill.adapters.base import _ADAPTERS
 from pcka_distill.recorder import Recorder
 
 LOSSES = ["PCKALoss", "RCKALoss", "MimicLoss"]
+OTHERS = [name for name, _ in DISTILL_LOSS_REGISTRY if name not in LOSSES]
+# On every family the first, on the two that differ most the others.
+EACH = [(family, name) for family in FAMILIES for name in LOSSES]
+EACH += [(f, n) for f in ("retinanet", "cascade_rcnn") for n in OTHERS]
+# It takes a softmax apart.
+EACH.remove(("retinanet", "DKDLoss"))
 
 
 def terms(family, loss):
     """What a loss adds to the dictionary of a family's losses."""
+    name = loss.removesuffix("Loss").lower()
     if loss == "RCKALoss":
         return [f"loss_rcka_{part}{s}" for part in ("intra", "inter") for s in STAGES[family]]
-    return [f"loss_{loss.removesuffix('Loss').lower()}_{level}" for level in LEVELS[family]]
+    if "logits" in DISTILL_LOSS_REGISTRY.get(loss).reads:
+        return [f"loss_{name}{s}" for s in STAGES[family]]
+    return [f"loss_{name}_{level}" for level in LEVELS[family]]
 
 
 def resnet(model):
@@ -74,8 +87,9 @@ def train(model, steps):
     return history
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("losses", [[name] for name in LOSSES] + [LOSSES])
+@pytest.mark.parametrize(
+    ("family", "losses"), [(f, [n]) for f, n in EACH] + [(f, LOSSES) for f in FAMILIES]
+)
 def test_every_family_with_every_loss(family, losses, teacher_files, batch):
     model = build(family, teacher_files, losses)
     out = step(model, batch)
@@ -91,8 +105,7 @@ def test_every_family_with_every_loss(family, losses, teacher_files, batch):
     assert all(p.grad is not None for p in model.distill.parameters())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(("family", "name"), EACH)
 def test_every_loss_falls(family, name, teacher_files):
     """On a batch that does not change, with gradients of distillation alone."""
     model = build(family, teacher_files, [name])
@@ -719,11 +732,23 @@ def test_one_stage_teacher_of_a_two_stage_student(batch):
         DistillationModel(student=student, teacher=teacher, losses=[RCKALoss()])
 
 
-def test_foreground_is_of_dense_heads():
-    student = build_model(digits_cfg("faster_rcnn"))
-    loss = RCKALoss(foreground_only=True)
-    with pytest.raises(UserError, match="reads foreground, and GeneralizedRCNN has none"):
-        DistillationModel(student=student, teacher=FrozenTeacher(student), losses=[loss])
+def test_labels_of_who_has_none():
+    class Bare(find_adapter(build_model(digits_cfg("retinanet"))).__class__):
+        provides = frozenset({"features", "logits"})
+
+    student = build_model(digits_cfg("retinanet"))
+    _ADAPTERS.insert(0, Bare)
+    try:
+        for loss, what in ((RCKALoss(foreground_only=True), "labels"), (FGDLoss(), "boxes")):
+            with pytest.raises(UserError, match=f"a loss reads {what}, and RetinaNet has none"):
+                DistillationModel(student=student, teacher=FrozenTeacher(student), losses=[loss])
+    finally:
+        _ADAPTERS.remove(Bare)
+
+
+def test_dkd_is_not_for_classes_one_by_one(teacher_files):
+    with pytest.raises(UserError, match="this head scores classes one by one; use KDLoss"):
+        build("fcos", teacher_files, ["DKDLoss"])
 
 
 def test_no_dataset_is_read_for_features_alone(teacher_files, monkeypatch):
@@ -767,21 +792,69 @@ def test_classes_that_cannot_be_paired():
     unequal(teacher_opts=seven)
 
 
-@pytest.mark.parametrize("family", ["retinanet", "fcos"])
-def test_foreground_is_where_the_objects_are(family, batch):
-    class Reads(Probe):
-        reads = frozenset({"logits", "foreground"})
+class Labels(Probe):
+    reads = frozenset({"features", "logits", "labels", "boxes"})
 
-    probe = Reads()
+
+@pytest.mark.parametrize("family", ["faster_rcnn", "cascade_rcnn", "c4_rcnn"])
+def test_labels_of_regions_are_those_the_head_is_trained_with(
+    family, batch, empty_batch, monkeypatch
+):
+    """Stock Detectron2's own labels, as its losses are given them, stage by stage."""
+    seen = []
+    losses = FastRCNNOutputLayers.losses
+
+    def spy(self, predictions, proposals):
+        seen.append(torch.cat([x.gt_classes for x in proposals]))
+        return losses(self, predictions, proposals)
+
+    monkeypatch.setattr(FastRCNNOutputLayers, "losses", spy)
+    for inputs in (batch, [empty_batch[0], batch[1]]):
+        probe = Labels()
+        student, teacher = (build_model(digits_cfg(family)) for _ in range(2))
+        model = DistillationModel(student=student, teacher=FrozenTeacher(teacher), losses=[probe])
+        seen.clear()
+        step(model, inputs)
+        labels = list(probe.student.labels.values())
+        assert len(labels) == len(seen) == len(STAGES[family])
+        assert all(torch.equal(a, b) for a, b in zip(labels, seen))
+        assert any((x < 10).any() for x in seen)
+        expected = [x["instances"].gt_boxes.tensor for x in inputs]
+        assert all(torch.equal(a, b) for a, b in zip(probe.student.boxes, expected))
+
+
+def test_labels_in_terms_of_the_shared_classes(batch):
+    """The batch shows classes 3 and 7 of ten; the teacher knows 7 and 9."""
+    names = [f"c{i}" for i in range(10)]
+    probe = Labels()
+    student = build_model(digits_cfg("faster_rcnn"))
+    teacher = build_model(digits_cfg("faster_rcnn", "MODEL.ROI_HEADS.NUM_CLASSES", 2))
+    frozen = FrozenTeacher(teacher, classes=["c9", "c7"])
+    whole = Labels()
+    for classes, loss in ((names, whole), (names, probe)):
+        other = frozen if loss is probe else FrozenTeacher(copy.deepcopy(student))
+        step(
+            DistillationModel(student=student, teacher=other, losses=[loss], classes=classes), batch
+        )
+    before, after = whole.student.labels["box"], probe.student.labels["box"]
+    table = {3: -1, 7: 0, 10: 2}
+    assert {x.item() for x in before} == set(table)
+    assert after.tolist() == [table[x] for x in before.tolist()]
+
+
+@pytest.mark.parametrize("family", ["retinanet", "fcos"])
+def test_labels_are_where_the_objects_are(family, batch):
+    probe = Labels()
     student, teacher = (build_model(digits_cfg(family)) for _ in range(2))
     step(DistillationModel(student=student, teacher=FrozenTeacher(teacher), losses=[probe]), batch)
     maps = [probe.student.features[f] for f in student.head_in_features]
     anchors = student.anchor_generator(maps)
-    assert sum(x.sum() for x in probe.student.foreground.values()) > 0
+    assert {x.item() for y in probe.student.labels.values() for x in y.unique()} >= {3, 7, 10}
     for level, boxes in zip(student.head_in_features, anchors):
-        assert probe.student.foreground[level].shape == probe.student.logits[level].shape[:2]
+        assert probe.student.labels[level].shape == probe.student.logits[level].shape[:2]
         for i, x in enumerate(batch):
-            inside = boxes.get_centers()[probe.student.foreground[level][i]]
+            labels = probe.student.labels[level][i]
+            inside = boxes.get_centers()[(labels >= 0) & (labels < 10)]
             x0, y0, x1, y1 = x["instances"].gt_boxes.tensor.unbind(1)
             near = 8  # a matched anchor need not be centred in the box
             hit = (
@@ -791,8 +864,9 @@ def test_foreground_is_where_the_objects_are(family, batch):
             assert hit.any(1).all()
 
 
-def test_rcka_of_the_foreground_alone(batch, empty_batch, teacher_files):
-    model = build("fcos", teacher_files, ["RCKALoss"], "MODEL.DISTILL.RCKA.FOREGROUND_ONLY", True)
+@pytest.mark.parametrize("family", ["fcos", "faster_rcnn"])
+def test_rcka_of_the_foreground_alone(family, batch, empty_batch, teacher_files):
+    model = build(family, teacher_files, ["RCKALoss"], "MODEL.DISTILL.RCKA.FOREGROUND_ONLY", True)
     assert step(model, batch)["loss_rcka_intra"] > 0
     assert step(model, empty_batch)["loss_rcka_intra"] == 0
 

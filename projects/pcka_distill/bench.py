@@ -21,10 +21,14 @@ from tqdm import tqdm
 from pcka_distill.build import get_distill_cfg, merge_config
 from pcka_distill.errors import UserError
 
-__all__ = ["run", "test_metrics"]
+__all__ = ["Diverged", "run", "test_metrics"]
 
 REPOSITORY = Path(__file__).parents[2]
 _REPORT_SECONDS = 15.0
+
+
+class Diverged(UserError):
+    """A run whose loss was not finite."""
 
 
 def _iterations(folder: Path, start: int) -> Iterator[int]:
@@ -89,7 +93,7 @@ def run(
         config: path below the repository.
         folder: OUTPUT_DIR of the run; its output goes to ``train.log`` there.
         opts: overrides, as on the command line.
-        label: what to call it in the progress.
+        label: what to call it in the progress; "" shows none.
         teacher: the checkpoint that the run depends on.
         threads: of the child process; None leaves it to torch.
 
@@ -97,6 +101,7 @@ def run(
         what ``results.json`` says.
 
     Raises:
+        Diverged: its loss was not finite.
         UserError: the run failed (the message has its last line), or the folder holds something
             else: a run of another config, or one that learned from an earlier teacher.
     """
@@ -133,7 +138,9 @@ def run(
                 command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
             try:
-                _follow(process, folder, start, cfg.SOLVER.MAX_ITER, label)
+                if label:
+                    _follow(process, folder, start, cfg.SOLVER.MAX_ITER, label)
+                process.wait()
             finally:
                 # On Ctrl-C the terminal has interrupted the child as well: let it end by itself.
                 try:
@@ -141,8 +148,10 @@ def run(
                 except subprocess.TimeoutExpired:
                     process.kill()
         if process.returncode:
-            last = (folder / "train.log").read_text().strip().splitlines()[-1:]
-            raise UserError(f"{label} failed: {''.join(last)} (all of it: {folder / 'train.log'})")
+            last = "".join((folder / "train.log").read_text().strip().splitlines()[-1:])
+            kind = Diverged if last.startswith("FloatingPointError") else UserError
+            what = label or f"the run in {folder}"
+            raise kind(f"{what} failed: {last} (all of it: {folder / 'train.log'})")
     content: dict[str, Any] = json.loads(results.read_text())
     return content
 

@@ -6,6 +6,9 @@ from detectron2.config import CfgNode as CN
 
 __all__ = ["add_pcka_distill_config"]
 
+_FEATURE_LOSSES = ("PCKA", "MIMIC", "AT", "CWD", "PKD", "FGD", "MGD", "FCKA", "SP", "REVIEWKD")
+_LOGIT_LOSSES = ("RCKA", "KD", "DKD", "DIST")
+
 
 def add_pcka_distill_config(cfg: CN) -> None:
     """Add ``MODEL.DISTILL``, ``MODEL.FCOS`` and three keys of ``SOLVER``, with their defaults."""
@@ -22,7 +25,7 @@ def add_pcka_distill_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL = CN()
     # The student's own meta-architecture, e.g. "RetinaNet"; the rest of MODEL describes it.
     cfg.MODEL.DISTILL.STUDENT_ARCHITECTURE = ""
-    # Names in the registry of losses: "PCKALoss", "RCKALoss", "MimicLoss", or your own.
+    # Names in the registry of losses, "PCKALoss" and the others below, or your own.
     # Each is configured by its node below. A loss with WEIGHT 0 is not built at all.
     cfg.MODEL.DISTILL.LOSSES = ()
 
@@ -49,50 +52,73 @@ def add_pcka_distill_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.TEACHER.CACHE.DIR = ""
     cfg.MODEL.DISTILL.TEACHER.CACHE.MAX_GB = 20.0
 
-    # Common to the losses:
-    #   WEIGHT        factor of the loss
-    #   WARMUP_ITERS  iterations over which the weight rises linearly; 0 for none
-    #   LEVELS        the student's feature levels; () for all that the teacher matches
+    # Every loss has a node of its name. They compare feature maps, and the last four the logits of
+    # the heads.
+    for name in _FEATURE_LOSSES + _LOGIT_LOSSES:
+        node = cfg.MODEL.DISTILL[name] = CN()
+        # Factor of the loss.
+        node.WEIGHT = 1.0
+        # Iterations over which the weight rises linearly; 0 for none.
+        node.WARMUP_ITERS = 0
+        # First and last iteration of its linear fall to 0; () for none.
+        node.DECAY_ITERS = ()
+        # The student's feature levels, () for all that the teacher matches; of a loss on logits the
+        # levels of a dense head, or the stages of a cascade ("stage0", ...).
+        node.LEVELS = ()
+    for name in _LOGIT_LOSSES:
+        node = cfg.MODEL.DISTILL[name]
+        # Dense heads: rows an image, the teacher's best-scored; 0 for all. Box heads: not used.
+        node.TOPK_PER_IMAGE = 50
+        # And of them only those that the student's labels match with an object.
+        node.FOREGROUND_ONLY = False
 
     # PCKA: relations between patches of feature maps (paper section 3.4).
-    cfg.MODEL.DISTILL.PCKA = CN()
-    cfg.MODEL.DISTILL.PCKA.WEIGHT = 1.0
-    cfg.MODEL.DISTILL.PCKA.WARMUP_ITERS = 0
-    cfg.MODEL.DISTILL.PCKA.LEVELS = ()
+    node = cfg.MODEL.DISTILL.PCKA
     # Side of a patch in cells of the map: one for all levels, or one for each of LEVELS.
-    cfg.MODEL.DISTILL.PCKA.PATCH_SIZE = (16,)
-    # What is a sample: "spatial" (the paper's), "sample", "per_image" or "per_position".
-    cfg.MODEL.DISTILL.PCKA.LAYOUT = "spatial"
+    node.PATCH_SIZE = (16,)
+    # What is a sample: "spatial" (the paper's), "sample", "per_image", "per_position" or "batch".
+    node.LAYOUT = "spatial"
+    # The loss of a CKA: "cka" (the paper's 1 - CKA), "sqrt" (1 - its root) or "log" (- its log).
+    node.FORM = "cka"
     # Centre the Gram matrices. The paper's formula does, its published code does not.
-    cfg.MODEL.DISTILL.PCKA.CENTER = True
+    node.CENTER = True
     # Use the unbiased HSIC estimator.
-    cfg.MODEL.DISTILL.PCKA.DEBIASED = False
+    node.DEBIASED = False
     # Weights of the relations between patches and of those between positions in a patch.
-    cfg.MODEL.DISTILL.PCKA.INTRA_WEIGHT = 1.0
-    cfg.MODEL.DISTILL.PCKA.INTER_WEIGHT = 0.0
+    node.INTRA_WEIGHT = 1.0
+    node.INTER_WEIGHT = 0.0
 
     # RCKA: relations in the logits of the head (paper section 3.3).
-    cfg.MODEL.DISTILL.RCKA = CN()
-    cfg.MODEL.DISTILL.RCKA.WEIGHT = 1.0
-    cfg.MODEL.DISTILL.RCKA.WARMUP_ITERS = 0
-    # Levels of a dense head, or stages of a cascade ("stage0", ...); () for all.
-    cfg.MODEL.DISTILL.RCKA.LEVELS = ()
-    # Dense heads: rows an image, the teacher's best-scored; 0 for all. Box heads: not used.
-    cfg.MODEL.DISTILL.RCKA.TOPK_PER_IMAGE = 50
-    # And of them only those that the student's labels match with an object.
-    cfg.MODEL.DISTILL.RCKA.FOREGROUND_ONLY = False
-    cfg.MODEL.DISTILL.RCKA.CENTER = True
+    node = cfg.MODEL.DISTILL.RCKA
+    node.CENTER = True
     # Weights of the relations between samples and of those between classes.
-    cfg.MODEL.DISTILL.RCKA.INTRA_WEIGHT = 1.0
-    cfg.MODEL.DISTILL.RCKA.INTER_WEIGHT = 1.0
+    node.INTRA_WEIGHT = 1.0
+    node.INTER_WEIGHT = 1.0
     # Relate samples by softmax(logits / TEMPERATURE); 0 for the logits themselves.
-    cfg.MODEL.DISTILL.RCKA.TEMPERATURE = 0.0
+    node.TEMPERATURE = 0.0
 
-    # Mimic: MSE of the feature maps after a 1x1 convolution on the student's side (FitNets).
-    cfg.MODEL.DISTILL.MIMIC = CN()
-    cfg.MODEL.DISTILL.MIMIC.WEIGHT = 1.0
-    cfg.MODEL.DISTILL.MIMIC.WARMUP_ITERS = 0
-    cfg.MODEL.DISTILL.MIMIC.LEVELS = ()
+    # FCKA: relations between the images of a batch.
+    cfg.MODEL.DISTILL.FCKA.CENTER = True
+    # What softmax or sigmoid divide by.
+    for name in ("CWD", "KD", "DKD", "DIST"):
+        cfg.MODEL.DISTILL[name].TEMPERATURE = 1.0
+    # DKD: weights of the target class and of the others.
+    cfg.MODEL.DISTILL.DKD.ALPHA = 1.0
+    cfg.MODEL.DISTILL.DKD.BETA = 0.25
+    # DIST: weights of the correlations over the classes and over the samples.
+    cfg.MODEL.DISTILL.DIST.INTER_WEIGHT = 1.0
+    cfg.MODEL.DISTILL.DIST.INTRA_WEIGHT = 1.0
+    # FGD: weights of objects, background, attention and the global part; temperature of attention.
+    # These are for one-stage detectors; two-stage ones have 5e-5, 2.5e-5, 5e-5 and 5e-7.
+    cfg.MODEL.DISTILL.FGD.ALPHA = 1e-3
+    cfg.MODEL.DISTILL.FGD.BETA = 5e-4
+    cfg.MODEL.DISTILL.FGD.GAMMA = 1e-3
+    cfg.MODEL.DISTILL.FGD.GLOBAL_WEIGHT = 5e-6
+    cfg.MODEL.DISTILL.FGD.TEMPERATURE = 0.5
+    # MGD: share of the student's cells that is blanked.
+    cfg.MODEL.DISTILL.MGD.MASK_RATIO = 0.65
+    # ReviewKD: channels in which levels are fused; 0 for the teacher's, at most 512.
+    cfg.MODEL.DISTILL.REVIEWKD.HIDDEN = 0
 
     # Other projects have an FCOS of their own: theirs stays.
     if "FCOS" not in cfg.MODEL:

@@ -35,9 +35,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pcka_distill.fused import Resize, dissimilarity_, padded
+from pcka_distill.fused import FORMS, Resize, dissimilarity, dissimilarity_, padded
 
-__all__ = ["LAYOUTS", "linear_cka", "mimic_loss", "patch_counts", "pcka_loss", "rcka_loss"]
+__all__ = [
+    "CHANNEL_FREE_LAYOUTS",
+    "FORMS",
+    "LAYOUTS",
+    "fcka_loss",
+    "linear_cka",
+    "patch_counts",
+    "pcka_loss",
+    "rcka_loss",
+]
 
 # name -> (permutation of (B, C, U, p, V, p), the number of leading axes that index G, samples N)
 _PERMUTATIONS: dict[str, tuple[tuple[int, ...], int, int]] = {
@@ -45,8 +54,11 @@ _PERMUTATIONS: dict[str, tuple[tuple[int, ...], int, int]] = {
     "sample": ((1, 0, 2, 4, 3, 5), 1, 3),  # C | B U V | p p
     "per_image": ((0, 2, 4, 1, 3, 5), 1, 2),  # B | U V | C p p
     "per_position": ((3, 5, 2, 4, 0, 1), 2, 2),  # p p | U V | B C
+    "batch": ((0, 2, 4, 1, 3, 5), 0, 3),  # | B U V | C p p
 }
 LAYOUTS = tuple(_PERMUTATIONS)
+#: layouts in which channels are but features of a sample, so that their number may differ
+CHANNEL_FREE_LAYOUTS = ("per_image", "batch")
 
 # Bytes that are worked in at a time: a core's share of the caches; and, elsewhere, enough to fill
 # the device.
@@ -56,12 +68,14 @@ _LEAST = 2 << 20
 
 
 @contextlib.contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Autocast off."""
     with torch.autocast(device_type=device.type, enabled=False):
         yield
 
 
-def _widen(x: Tensor) -> Tensor:
+def widen(x: Tensor) -> Tensor:
+    """In at least fp32."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -182,14 +196,16 @@ def linear_cka(x: Tensor, y: Tensor, *, center: bool = True, debiased: bool = Fa
         )
     if debiased and x.shape[-2] < 4:
         raise ValueError(f"debiased CKA needs at least 4 samples, got {x.shape[-2]}")
-    with _full_precision(x.device):
-        return _cka(_widen(x), _widen(y), center, debiased)[0]
+    with full_precision(x.device):
+        return _cka(widen(x), widen(y), center, debiased)[0]
 
 
-def _dissimilarity(x: Tensor, y: Tensor, center: bool, debiased: bool = False) -> Tensor:
-    """1 - CKA of a student's x (G, N, P) and its teacher's y, mean over G: a scalar."""
+def _dissimilarity(
+    x: Tensor, y: Tensor, center: bool, debiased: bool = False, form: str = "cka"
+) -> Tensor:
+    """Of the CKA of a student's x (G, N, P) and its teacher's y, mean over G: a scalar."""
     cka, teachable = _cka(x, y, center, debiased)
-    return torch.where(teachable, 1 - cka, torch.zeros_like(cka)).mean()
+    return torch.where(teachable, dissimilarity(cka, form), torch.zeros_like(cka)).mean()
 
 
 def patch_counts(shape: Sequence[int], patch_size: int, layout: str) -> tuple[int, int, int]:
@@ -254,7 +270,7 @@ class _FusedPCKA(torch.autograd.Function):
             # In at least fp32. Autograd casts it to the student's type, now that AMP's scale is
             # in: before that half a precision would lose it.
             grad = grad * scale
-        return None, grad, *(None,) * 6
+        return None, grad, *(None,) * 7
 
 
 def _fused_pcka(
@@ -266,6 +282,7 @@ def _fused_pcka(
     center: bool,
     intra_weight: float,
     inter_weight: float,
+    form: str,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss, and its gradient with respect to the student in at least fp32."""
     order, n_group, n_sample = _PERMUTATIONS[layout]
@@ -315,6 +332,7 @@ def _fused_pcka(
             center=center,
             intra_weight=intra_weight / groups,
             inter_weight=inter_weight / groups,
+            form=form,
         )
         if by_x is not None:
             if not resize:
@@ -335,6 +353,7 @@ def pcka_loss(
     intra_weight: float = 1.0,
     inter_weight: float = 0.0,
     debiased: bool = False,
+    form: str = "cka",
 ) -> Tensor:
     r"""Patch-based CKA loss between two feature maps (PCKA, paper section 3.4).
 
@@ -352,11 +371,12 @@ def pcka_loss(
     sample         C                B*U*V          p*p    (every patch of every image)
     per_image      B                U*V            C*p*p
     per_position   p*p              U*V            B*C
+    batch          1                B*U*V          C*p*p
     ============== ================ ============== =====================================
 
     Args:
         student: (B, C, H, W).
-        teacher: (B, C, H, W).
+        teacher: (B, C, H, W); (B, C', H, W) in :data:`CHANNEL_FREE_LAYOUTS` where beta is 0.
         patch_size: p, in cells of the map. Sides are raised to its next multiple.
         layout: one of :data:`LAYOUTS`.
         center: centre the Grams. ``False`` is the form of the paper's published code, which
@@ -364,45 +384,89 @@ def pcka_loss(
         intra_weight: alpha, of the relations between samples.
         inter_weight: beta, of the relations between the features of a sample.
         debiased: see :func:`linear_cka`.
+        form: "cka" as above; "sqrt" has the root of each CKA in its place, "log" minus its
+            logarithm in that of 1 - CKA. The gradient of a CKA vanishes where nothing is related
+            yet (of one-dimensional samples it is a squared correlation); theirs does not.
 
     Returns:
         a scalar; 0 with a zero gradient for empty input. The gradient is computed with it
-        (see :mod:`pcka_distill.fused`), so it can be differentiated once; with ``debiased``, or
-        where the teacher wants a gradient too, autograd does it, at several times the cost.
+        (see :mod:`pcka_distill.fused`), so it can be differentiated once; with ``debiased``, where
+        channels differ, or where the teacher wants a gradient too, autograd does it, at several
+        times the cost.
 
     Raises:
-        ValueError: shapes differ, unknown layout, or a patch size below 1.
+        ValueError: shapes differ, unknown layout or form, or a patch size below 1.
 
     >>> x = torch.rand(2, 3, 8, 8)
     >>> bool(pcka_loss(x, 2 * x + 1, patch_size=2) < 1e-5)
     True
     """
-    if student.dim() != 4 or student.shape != teacher.shape:
+    if layout not in _PERMUTATIONS:
+        raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    if form not in FORMS:
+        raise ValueError(f"unknown form {form!r}, expected one of {', '.join(FORMS)}")
+    channel_free = layout in CHANNEL_FREE_LAYOUTS and not inter_weight
+    alike = student.shape == teacher.shape
+    shapes = [x.shape[:1] + x.shape[2:] for x in (student, teacher)]
+    if student.dim() != 4 or not (alike or (channel_free and shapes[0] == shapes[1])):
         raise ValueError(
             "pcka_loss takes two (B, C, H, W) maps of one shape, got "
             f"{tuple(student.shape)} and {tuple(teacher.shape)}"
         )
-    if layout not in _PERMUTATIONS:
-        raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
     if patch_size < 1:
         raise ValueError(f"patch_size must be at least 1, got {patch_size}")
     if student.numel() == 0 or not (intra_weight or inter_weight):
-        return _widen(student).sum() * 0
-    with _full_precision(student.device):
-        if not (debiased or teacher.requires_grad):
+        return widen(student).sum() * 0
+    with full_precision(student.device):
+        if alike and not (debiased or teacher.requires_grad):
             gradient = student.requires_grad and torch.is_grad_enabled()
             loss: Tensor = _FusedPCKA.apply(
-                gradient, student, teacher, patch_size, layout, center, intra_weight, inter_weight
+                gradient,
+                student,
+                teacher,
+                patch_size,
+                layout,
+                center,
+                intra_weight,
+                inter_weight,
+                form,
             )
             return loss
-        x = _to_patches(_widen(student), patch_size, layout)
-        y = _to_patches(_widen(teacher), patch_size, layout)
+        x = _to_patches(widen(student), patch_size, layout)
+        y = _to_patches(widen(teacher), patch_size, layout)
         loss = x.new_zeros(())
         if intra_weight:
-            loss = loss + intra_weight * _dissimilarity(x, y, center, debiased)
+            loss = loss + intra_weight * _dissimilarity(x, y, center, debiased, form)
         if inter_weight:
-            loss = loss + inter_weight * _dissimilarity(x.mT, y.mT, center, debiased)
+            loss = loss + inter_weight * _dissimilarity(x.mT, y.mT, center, debiased, form)
         return loss
+
+
+def fcka_loss(student: Tensor, teacher: Tensor, *, center: bool = True) -> Tensor:
+    r"""CKA loss between the images of a batch (FCKA, paper section 3.3).
+
+    .. math:: \mathcal{L} = 1 - \mathrm{CKA}(X, Y), \quad X \in \mathbb{R}^{B \times C H W}
+
+    Args:
+        student: (B, C, H, W).
+        teacher: (B, C', H', W'); only B must agree.
+        center: centre the Grams.
+
+    Returns:
+        a scalar; 0 with a zero gradient for fewer than two images (a relation needs two).
+
+    Raises:
+        ValueError: B differs.
+    """
+    if not len(student) == len(teacher):
+        raise ValueError(
+            f"fcka_loss takes two maps of as many images, got {len(student)} and {len(teacher)}"
+        )
+    if len(student) < 2 or student.numel() == 0:
+        return widen(student).sum() * 0
+    with full_precision(student.device):
+        x, y = (widen(z).flatten(1) for z in (student, teacher))
+        return _dissimilarity(x, y, center)
 
 
 def rcka_loss(
@@ -450,9 +514,9 @@ def rcka_loss(
     if temperature is not None and temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if student_logits.shape[0] < 2 or student_logits.numel() == 0:
-        return _widen(student_logits).sum() * 0
-    with _full_precision(student_logits.device):
-        student, teacher = _widen(student_logits), _widen(teacher_logits)
+        return widen(student_logits).sum() * 0
+    with full_precision(student_logits.device):
+        student, teacher = widen(student_logits), widen(teacher_logits)
         loss = student.new_zeros(())
         if intra_weight:
             tau = temperature
@@ -462,30 +526,3 @@ def rcka_loss(
         if inter_weight:
             loss = loss + inter_weight * _dissimilarity(student.mT, teacher.mT, center)
         return loss
-
-
-def mimic_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error between two feature maps (FitNets, Romero et al., ICLR 2015, eq. 3).
-
-    Args:
-        student: (B, C, H, W), already projected to the teacher's channels.
-        teacher: (B, C, H, W).
-
-    Returns:
-        a scalar; 0 with a zero gradient for empty input.
-
-    Raises:
-        ValueError: shapes differ.
-
-    >>> mimic_loss(torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 3.0)).item()
-    9.0
-    """
-    if student.shape != teacher.shape:
-        raise ValueError(
-            "mimic_loss takes two maps of one shape, got "
-            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-        )
-    if student.numel() == 0:
-        return _widen(student).sum() * 0
-    with _full_precision(student.device):
-        return F.mse_loss(_widen(student), _widen(teacher))

@@ -29,7 +29,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Resize", "dissimilarity_", "padded"]
+__all__ = ["FORMS", "Resize", "dissimilarity", "dissimilarity_", "padded"]
+
+#: what a loss makes of a CKA
+FORMS = ("cka", "sqrt", "log")
+# Below it the steep forms go on as straight lines, so that no slope is infinite.
+_FLOOR = 1e-4
+
+
+def dissimilarity(cka: Tensor, form: str) -> Tensor:
+    """1 - CKA, 1 - its square root, or minus its logarithm: the loss that a CKA is."""
+    if form == "cka":
+        return 1 - cka
+    safe = cka.clamp(min=_FLOOR)
+    below = (safe - cka) / _FLOOR
+    if form == "sqrt":
+        root = safe.sqrt()
+        return 1 - root + below * (root / 2)
+    return below - safe.log()
+
+
+def _slope(cka: Tensor, form: str) -> Tensor | float:
+    """How fast that falls as the CKA grows."""
+    if form == "cka":
+        return 1.0
+    safe = cka.clamp(min=_FLOOR)
+    return 0.5 / safe.sqrt() if form == "sqrt" else 1 / safe
 
 
 @functools.lru_cache(maxsize=256)
@@ -103,7 +128,7 @@ class Resize:
 
 
 def _relation(
-    grams: Tensor, m: Tensor | None, lost: Tensor, weight: float
+    grams: Tensor, m: Tensor | None, lost: Tensor, weight: float, form: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One relation of G pairs: intra of K and L, or inter if M is given.
 
@@ -112,10 +137,11 @@ def _relation(
         m: (G, N, N), likewise.
         lost: (2, G, 1, 1), the traces of what centring took out.
         weight: of the relation.
+        form: one of :data:`FORMS`.
 
     Returns:
-        weight * (1 - CKA), summed over the pairs, and two (G, N, N): its gradient is the first
-        times X plus the second times Y, or for intra, where both are of X, times X.
+        weight * the dissimilarity, summed over the pairs, and two (G, N, N): its gradient is the
+        first times X plus the second times Y, or for intra, where both are of X, times X.
     """
     info = torch.finfo(grams.dtype)
     trace = grams.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
@@ -132,10 +158,11 @@ def _relation(
     product = inverse[0] * inverse[1]
     dot = (k * l if m is None else other.square()).sum((-2, -1), keepdim=True)
     cka = dot * product
-    loss = weight * torch.where(varies[1], 1 - cka, 0).sum()
-    of_k = k * (2 * weight * scale[0] * cka * inverse[0].square())
+    loss = weight * torch.where(varies[1], dissimilarity(cka, form), 0).sum()
+    twice = 2 * weight * _slope(cka, form)
+    of_k = k * (twice * scale[0] * cka * inverse[0].square())
     factor = scale[0] if m is None else root[0] * root[1]
-    return loss, of_k, other * (-2 * weight * factor * product)
+    return loss, of_k, other * (-twice * factor * product)
 
 
 def padded(n: int) -> int:
@@ -151,6 +178,7 @@ def dissimilarity_(
     center: bool,
     intra_weight: float,
     inter_weight: float,
+    form: str = "cka",
 ) -> Tensor:
     """intra_weight * (1 - CKA) of X and Y + inter_weight * (1 - CKA) of their transposes.
 
@@ -162,6 +190,7 @@ def dissimilarity_(
         center: centre over N for intra, over P for inter.
         intra_weight: 0 leaves the relation out, but one is needed.
         inter_weight: likewise.
+        form: what to make of a CKA, one of :data:`FORMS`.
 
     Returns:
         the sum of the losses over G, a scalar.
@@ -203,11 +232,11 @@ def dissimilarity_(
     of_x = of_y = None
     lacking = []
     if m is not None:
-        part, of_x, of_y = _relation(inter, m, lost, inter_weight)
+        part, of_x, of_y = _relation(inter, m, lost, inter_weight, form)
         loss += part
         lacking = [of_x.sum(-1, keepdim=True), of_y.sum(-1, keepdim=True)]
     if intra_weight:
-        part, of_k, of_l = _relation(intra, None, lost, intra_weight)
+        part, of_k, of_l = _relation(intra, None, lost, intra_weight, form)
         loss += part
         alone = of_k.add_(of_l)
         if rows is not None:

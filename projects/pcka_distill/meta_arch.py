@@ -117,8 +117,8 @@ class DistillationModel(nn.Module):
         unread = ", ".join(sorted(self._reads - self._student_adapter.provides))
         if unread:
             raise UserError(
-                f"a loss reads {unread}, and {type(student).__name__} has none to read; for RCKA "
-                "set MODEL.DISTILL.RCKA.FOREGROUND_ONLY False"
+                f"a loss reads {unread}, and {type(student).__name__} has none to read: DKDLoss "
+                "reads labels, and so does FOREGROUND_ONLY, FGDLoss boxes; leave them out"
             )
         if "features" in self._reads:
             self._pair(teacher.model, smallest_batch)
@@ -211,13 +211,14 @@ class DistillationModel(nn.Module):
         self._classes = _pair_classes(classes, frozen.classes, counts, readers)
         shared = len(self._classes[0]) if self._classes else counts[0]
         groups = self._student_adapter.logit_groups(self.student)
+        sigmoid = self._student_adapter.is_sigmoid(self.student)
         for loss in losses:
             if shared is not None:
                 blank = torch.zeros(1, shared + 1)
                 columns = self._student_adapter.select_classes(
                     self.student, blank, list(range(shared))
                 )
-                loss.check_logits(columns.shape[1])
+                loss.check_logits(columns.shape[1], sigmoid=sigmoid)
             unknown = ", ".join(x for x in loss.levels if x not in groups)
             if unknown:
                 raise UserError(
@@ -286,6 +287,11 @@ class DistillationModel(nn.Module):
                 taps.logits = {
                     k: adapter.select_classes(model, x, indices) for k, x in taps.logits.items()
                 }
+            count = self._student_adapter.num_classes(self.student)
+            assert count is not None  # with classes to pair it is known
+            student.labels = {
+                k: _select_labels(x, self._classes[0], count) for k, x in student.labels.items()
+            }
         iteration = get_event_storage().iter
         for loss in self.losses:
             factor = loss.schedule(iteration)
@@ -376,6 +382,15 @@ def _pair_classes(
         f"and {len(theirs)} (teacher): {shared}"
     )
     return [i for i, _ in pairs], [i for _, i in pairs]
+
+
+def _select_labels(labels: Tensor, classes: list[int], count: int) -> Tensor:
+    """Labels of some of so many classes: the others become -1, "ignored"."""
+    # The last is for -1 itself.
+    table = labels.new_full((count + 2,), -1)
+    table[classes] = torch.arange(len(classes), device=labels.device)
+    table[count] = len(classes)
+    return table[labels]
 
 
 def _smallest_batch(cfg: CfgNode, student: Any) -> tuple[int, int, int] | None:

@@ -22,15 +22,21 @@ class Taps:
             ``"stage0"``, ... a stage.
         regions: group of a box head -> per image, the boxes that the rows of its logits stand
             for, in pixels of the network's input. Empty for dense detectors.
-        foreground: group of a dense head -> (B, H*W*A) bool, the rows of its logits that the
-            student's own labels match with an object.
+        labels: group -> what the student's own labels say of the rows of its logits, of their
+            shape without the last axis: the index of a class, the number of classes for
+            background, -1 for what is ignored.
+        sigmoid: whether the logits are scored class by class, not by a softmax that has the
+            background in its last column.
+        boxes: per image (M, 4), the true boxes x1, y1, x2, y2 in pixels of the network's input.
         images: (B, 3, H, W), the batch after normalisation and padding.
     """
 
     features: dict[str, Tensor] = field(default_factory=dict)
     logits: dict[str, Tensor] = field(default_factory=dict)
     regions: dict[str, list[Any]] = field(default_factory=dict)
-    foreground: dict[str, Tensor] = field(default_factory=dict)
+    labels: dict[str, Tensor] = field(default_factory=dict)
+    sigmoid: bool = False
+    boxes: list[Tensor] = field(default_factory=list)
     images: Tensor | None = None
 
     @property

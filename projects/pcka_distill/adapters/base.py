@@ -31,8 +31,8 @@ class Adapter:
     family: ClassVar[type[nn.Module]]
     #: what to call the family in a message; its class name if empty
     title: ClassVar[str] = ""
-    #: what it can read, of {"features", "logits", "foreground"}
-    provides: ClassVar[frozenset[str]] = frozenset({"features", "logits"})
+    #: what it can read, of {"features", "logits", "labels", "boxes"}
+    provides: ClassVar[frozenset[str]] = frozenset({"features", "logits", "boxes"})
 
     def feature_shapes(self, model: Any) -> dict[str, ShapeSpec]:
         """Level -> channels and stride of the feature maps that can be read."""
@@ -57,6 +57,10 @@ class Adapter:
         """The groups of logits that :meth:`collect` gives."""
         raise NotImplementedError
 
+    def is_sigmoid(self, model: Any) -> bool:
+        """Whether its classes are scored one by one, not by a softmax with the background last."""
+        raise NotImplementedError
+
     def select_classes(self, model: Any, logits: Tensor, classes: list[int]) -> Tensor:
         """The columns of some foreground classes, with whatever belongs to every class set."""
         return logits[..., classes]
@@ -65,7 +69,7 @@ class Adapter:
         """Name -> submodule whose calls :meth:`collect` wants to see.
 
         Args:
-            reads: what the losses read, of {"features", "logits", "foreground"}.
+            reads: what the losses read, of {"features", "logits", "labels", "boxes"}.
         """
         return {"backbone": model.backbone}
 
@@ -86,10 +90,15 @@ class Adapter:
         """
         call = record["backbone"][-1]
         taps = Taps(features=dict(call.output), images=call.args[0])
-        if "foreground" in reads:
-            self.read_foreground(model, batched_inputs, taps)
         if "logits" in reads:
             self.read_logits(model, record, taps)
+            taps.sigmoid = self.is_sigmoid(model)
+        if "labels" in reads:
+            self.read_labels(model, batched_inputs, taps)
+        if "boxes" in reads:
+            taps.boxes = [
+                x["instances"].gt_boxes.tensor.to(call.args[0].device) for x in batched_inputs
+            ]
         return taps
 
     def read_logits(self, model: Any, record: Record, taps: Taps) -> None:
@@ -102,8 +111,8 @@ class Adapter:
         """
         raise NotImplementedError
 
-    def read_foreground(self, model: Any, batched_inputs: list[dict[str, Any]], taps: Taps) -> None:
-        """Likewise the rows of the logits that the student's labels match with an object."""
+    def read_labels(self, model: Any, batched_inputs: list[dict[str, Any]], taps: Taps) -> None:
+        """Likewise the labels of the logits' rows, once those are there."""
         raise NotImplementedError
 
     def teacher_logits(

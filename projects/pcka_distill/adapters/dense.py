@@ -31,10 +31,13 @@ class DenseAdapter(Adapter):
 
     family = DenseDetector
     title = "dense detectors (RetinaNet, FCOS)"
-    provides = frozenset({"features", "logits", "foreground"})
+    provides = Adapter.provides | {"labels"}
 
     def num_classes(self, model: Any) -> int:
         return int(model.num_classes)
+
+    def is_sigmoid(self, model: Any) -> bool:
+        return True
 
     def logit_signature(self, model: Any) -> dict[str, object]:
         shapes = model.backbone.output_shape()
@@ -56,15 +59,13 @@ class DenseAdapter(Adapter):
     def read_logits(self, model: Any, record: Record, taps: Taps) -> None:
         taps.logits = self._groups(model, record["head"][-1].output[0])
 
-    def read_foreground(self, model: Any, batched_inputs: list[dict[str, Any]], taps: Taps) -> None:
+    def read_labels(self, model: Any, batched_inputs: list[dict[str, Any]], taps: Taps) -> None:
         maps = [taps.features[f] for f in model.head_in_features]
         anchors = model.anchor_generator(maps)
         truth = [x["instances"].to(maps[0].device) for x in batched_inputs]
         labels = torch.stack(model.label_anchors(anchors, truth)[0])
-        # Background is num_classes, what is ignored is -1.
-        objects = (labels >= 0) & (labels < model.num_classes)
         sizes = [len(a) for a in anchors]
-        taps.foreground = dict(zip(model.head_in_features, objects.split(sizes, dim=1)))
+        taps.labels = dict(zip(model.head_in_features, labels.split(sizes, dim=1)))
 
     def teacher_logits(
         self, model: Any, features: dict[str, Tensor], student: Taps

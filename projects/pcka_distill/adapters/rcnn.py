@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from detectron2.modeling import GeneralizedRCNN, StandardROIHeads
 from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads
+from detectron2.structures import pairwise_iou
 from torch import Tensor, nn
 
 from pcka_distill.adapters.base import Adapter, Record, register_adapter
@@ -26,6 +27,8 @@ class _BoxHead(NamedTuple):
     heads: list[Callable[[Tensor], Tensor]]
     #: the first of its outputs are the logits; one a stage
     predictors: list[nn.Module]
+    #: which regions show which objects; one a stage
+    matchers: list[Callable[[Tensor], tuple[Tensor, Tensor]]]
 
     @property
     def groups(self) -> list[str]:
@@ -40,11 +43,19 @@ def _box_head(model: Any) -> _BoxHead:
     stage = getattr(type(heads), "_run_stage", None)
     if forward is CascadeROIHeads._forward_box and stage is CascadeROIHeads._run_stage:
         return _BoxHead(
-            heads.box_in_features, heads.box_pooler, list(heads.box_head), list(heads.box_predictor)
+            heads.box_in_features,
+            heads.box_pooler,
+            list(heads.box_head),
+            list(heads.box_predictor),
+            list(heads.proposal_matchers),
         )
     if forward is StandardROIHeads._forward_box:
         return _BoxHead(
-            heads.box_in_features, heads.box_pooler, [heads.box_head], [heads.box_predictor]
+            heads.box_in_features,
+            heads.box_pooler,
+            [heads.box_head],
+            [heads.box_predictor],
+            [heads.proposal_matcher],
         )
     shared = getattr(type(heads), "_shared_roi_transform", None)
     if shared is Res5ROIHeads._shared_roi_transform and type(heads).forward is Res5ROIHeads.forward:
@@ -53,6 +64,7 @@ def _box_head(model: Any) -> _BoxHead:
             heads.pooler,
             [lambda x: heads.res5(x).mean(dim=[2, 3])],
             [heads.box_predictor],
+            [heads.proposal_matcher],
         )
     raise UserError(
         f"the logits of {type(heads).__name__} cannot be read: of the R-CNN family those of "
@@ -82,22 +94,26 @@ class RCNNAdapter(Adapter):
 
     family = GeneralizedRCNN
     title = "the R-CNN family (Faster, Mask, Cascade and C4 R-CNN, PanopticFPN)"
+    provides = Adapter.provides | {"labels"}
 
     def num_classes(self, model: Any) -> int | None:
         return getattr(model.roi_heads, "num_classes", None)
+
+    def is_sigmoid(self, model: Any) -> bool:
+        return _is_sigmoid(_box_head(model).predictors[0])
 
     def logit_signature(self, model: Any) -> dict[str, object]:
         predictor: Any = _box_head(model).predictors[0]
         return {
             "box coordinates": len(predictor.box2box_transform.weights),
-            "sigmoid scores": _is_sigmoid(predictor),
+            "sigmoid scores": self.is_sigmoid(model),
         }
 
     def logit_groups(self, model: Any) -> list[str]:
         return _box_head(model).groups
 
     def select_classes(self, model: Any, logits: Tensor, classes: list[int]) -> Tensor:
-        if _is_sigmoid(_box_head(model).predictors[0]):
+        if self.is_sigmoid(model):
             return logits[..., classes]
         # The last column is the background.
         return logits[..., [*classes, -1]]
@@ -116,6 +132,20 @@ class RCNNAdapter(Adapter):
         for group, predictor, pooled in zip(head.groups, head.predictors, record["pooler"]):
             taps.regions[group] = list(pooled.args[1])
             taps.logits[group] = _logits(predictor, record[group][-1].output)
+
+    def read_labels(self, model: Any, batched_inputs: list[dict[str, Any]], taps: Taps) -> None:
+        head, background = _box_head(model), model.roi_heads.num_classes
+        for group, matcher in zip(head.groups, head.matchers):
+            labels = []
+            for regions, inputs in zip(taps.regions[group], batched_inputs):
+                truth = inputs["instances"].to(regions.device)
+                classes = torch.full((len(regions),), background, device=regions.device)
+                if len(truth):
+                    match, kind = matcher(pairwise_iou(truth.gt_boxes, regions))
+                    classes = truth.gt_classes[match].masked_fill(kind == 0, background)
+                    classes = classes.masked_fill(kind == -1, -1)
+                labels.append(classes)
+            taps.labels[group] = torch.cat(labels)
 
     def teacher_logits(
         self, model: Any, features: dict[str, Tensor], student: Taps

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import torch
+from detectron2.config import CfgNode, configurable
 from detectron2.utils.registry import Registry
 from fvcore.nn.weight_init import c2_xavier_fill
 from torch import Tensor, nn
@@ -12,12 +15,18 @@ from pcka_distill.errors import UserError
 from pcka_distill.pairing import LevelPair
 from pcka_distill.structures import Taps
 
-__all__ = ["DISTILL_LOSS_REGISTRY", "DistillLoss", "FeatureLoss", "check_relation_weights"]
+__all__ = [
+    "DISTILL_LOSS_REGISTRY",
+    "DistillLoss",
+    "FeatureLoss",
+    "LogitLoss",
+    "check_relation_weights",
+]
 
 DISTILL_LOSS_REGISTRY = Registry("DISTILL_LOSS")
 DISTILL_LOSS_REGISTRY.__doc__ = """
 Registry of distillation losses: subclasses of :class:`DistillLoss` that can be called with a
-config (``from_config``). ``MODEL.DISTILL.LOSSES`` names them.
+config (Detectron2's ``@configurable``). ``MODEL.DISTILL.LOSSES`` names them.
 """
 
 
@@ -30,26 +39,40 @@ class DistillLoss(nn.Module):
         weight: factor of every term that the loss returns.
         warmup_iters: iterations over which the weight rises linearly from 0; 0 is full weight
             from the start.
+        decay_iters: (first, last) iteration of its linear fall to 0; empty for none.
 
     Raises:
-        UserError: a negative weight or a negative warm-up.
+        UserError: a negative weight, a negative warm-up, iterations that do not follow each other.
     """
 
-    #: which parts of the taps it reads, of {"features", "logits", "foreground"}; only these are
-    #: computed
+    #: which parts of the taps it reads, of {"features", "logits", "labels", "boxes"}; only these
+    #: are computed
     reads: frozenset[str] = frozenset()
     #: the student's feature levels it reads; empty means every level that can be paired
     levels: tuple[str, ...] = ()
 
-    def __init__(self, *, weight: float = 1.0, warmup_iters: int = 0) -> None:
+    def __init__(
+        self, *, weight: float = 1.0, warmup_iters: int = 0, decay_iters: Sequence[int] = ()
+    ) -> None:
         super().__init__()
         name = type(self).__name__
         if weight < 0:
             raise UserError(f"{name}: weight must not be negative, got {weight}")
         if warmup_iters < 0:
             raise UserError(f"{name}: warm-up must not be negative, got {warmup_iters}")
+        if decay_iters and not (len(decay_iters) == 2 and 0 <= decay_iters[0] < decay_iters[1]):
+            raise UserError(
+                f"{name}: the decay is from one iteration to a later one, got {list(decay_iters)}"
+            )
         self.weight = float(weight)
         self.warmup_iters = int(warmup_iters)
+        self.decay_iters = tuple(decay_iters)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """The arguments of the constructor, from ``MODEL.DISTILL.<NAME>``: its keys are theirs."""
+        node = cfg.MODEL.DISTILL[cls.__name__.removesuffix("Loss").upper()]
+        return {key.lower(): value for key, value in node.items()}
 
     @property
     def name(self) -> str:
@@ -57,8 +80,12 @@ class DistillLoss(nn.Module):
         return type(self).__name__.removesuffix("Loss").lower()
 
     def schedule(self, iteration: int) -> float:
-        """The factor of the weight at an iteration, in (0, 1]."""
-        return min(1.0, (iteration + 1) / self.warmup_iters) if self.warmup_iters else 1.0
+        """The factor of the weight at an iteration, in [0, 1]."""
+        factor = min(1.0, (iteration + 1) / self.warmup_iters) if self.warmup_iters else 1.0
+        if self.decay_iters:
+            first, last = self.decay_iters
+            factor *= min(1.0, max(0.0, (last - iteration) / (last - first)))
+        return factor
 
     def attach(self, pairs: Mapping[str, LevelPair]) -> None:
         """Take notice of the paired levels; called once, before any forward.
@@ -81,11 +108,12 @@ class DistillLoss(nn.Module):
         """
         return {}
 
-    def check_logits(self, columns: int) -> None:
+    def check_logits(self, columns: int, *, sigmoid: bool) -> None:
         """Refuse settings that leave nothing to compare in a head.
 
         Args:
             columns: of the logits, K or K + 1 for K classes.
+            sigmoid: see :class:`.Taps`.
 
         Raises:
             UserError: with what to change.
@@ -106,38 +134,33 @@ class DistillLoss(nn.Module):
 
 
 class FeatureLoss(DistillLoss):
-    """A loss between feature maps, level by level, on equal channels.
+    """A loss between feature maps, level by level.
 
     Where the channels of a pair differ, or always if ``project`` says so, the student's map goes
     through a 1x1 convolution first. It is trained with the student and is not part of it.
 
     Args:
         levels: student levels, empty for every level that can be paired.
-        project: put the convolution on every level.
-        weight, warmup_iters: see :class:`DistillLoss`.
+        weight, warmup_iters, decay_iters: see :class:`DistillLoss`.
     """
 
     reads = frozenset({"features"})
+    #: put the convolution on every level, or (None) never: the loss compares maps of any channels
+    project: bool | None = False
 
-    def __init__(
-        self,
-        *,
-        levels: Sequence[str] = (),
-        project: bool = False,
-        weight: float = 1.0,
-        warmup_iters: int = 0,
-    ) -> None:
-        super().__init__(weight=weight, warmup_iters=warmup_iters)
+    @configurable
+    def __init__(self, *, levels: Sequence[str] = (), **common: Any) -> None:
+        super().__init__(**common)
         if len(set(levels)) != len(levels):
             raise UserError(f"{type(self).__name__}: a level is named twice in {list(levels)}")
         self.levels = tuple(levels)
-        self._project = project
         self.projections = nn.ModuleDict()
 
     def attach(self, pairs: Mapping[str, LevelPair]) -> None:
         self.levels = tuple(pairs)
         for level, pair in pairs.items():
-            if self._project or pair.student_channels != pair.teacher_channels:
+            differ = pair.student_channels != pair.teacher_channels
+            if self.project or (differ and self.project is not None):
                 conv = nn.Conv2d(pair.student_channels, pair.teacher_channels, kernel_size=1)
                 c2_xavier_fill(conv)
                 self.projections[level] = conv
@@ -146,14 +169,124 @@ class FeatureLoss(DistillLoss):
         """The loss of one level: two (B, C, H, W) maps of one shape -> scalar, unweighted."""
         raise NotImplementedError
 
-    def forward(self, student: Taps, teacher: Taps) -> dict[str, Tensor]:
-        losses = {}
+    def maps(self, student: Taps, teacher: Taps) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Level, the student's map, projected where it has to be, and the teacher's."""
         for level in self.levels or student.features:
             x, y = student.features[level], teacher.features[level]
-            if level in self.projections:
-                x = self.projections[level](x)
-            losses[f"loss_{self.name}_{level}"] = self.weight * self.compare(level, x, y)
+            yield level, self.projections[level](x) if level in self.projections else x, y
+
+    def forward(self, student: Taps, teacher: Taps) -> dict[str, Tensor]:
+        return {
+            f"loss_{self.name}_{level}": self.weight * self.compare(level, x, y)
+            for level, x, y in self.maps(student, teacher)
+        }
+
+
+class LogitLoss(DistillLoss):
+    """A loss between rows of class logits.
+
+    Two-stage heads: the rows are the student's sampled regions, which the teacher scores too; a
+    cascade has a term for every stage.
+    Dense heads: the rows are the locations that the teacher scores highest, over all levels,
+    because background drowns the few objects in a mean over all anchors.
+
+    Args:
+        levels: feature levels of a dense head whose logits are read, or stages of a cascade;
+            empty for all.
+        topk_per_image: rows kept for each image of a dense head; 0 keeps all.
+        foreground_only: keep only rows that the student's labels match with an object; of a dense
+            head still no more than ``topk_per_image``.
+        weight, warmup_iters, decay_iters: see :class:`DistillLoss`.
+
+    Raises:
+        UserError: a setting that cannot work.
+    """
+
+    reads = frozenset({"logits"})
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        levels: Sequence[str] = (),
+        topk_per_image: int = 50,
+        foreground_only: bool = False,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        if topk_per_image < 0:
+            raise UserError(f"{type(self).__name__}: TOPK_PER_IMAGE must not be negative")
+        self.levels = tuple(levels)
+        self.topk_per_image = topk_per_image
+        self.foreground_only = foreground_only
+        if foreground_only:
+            self.reads = self.reads | {"labels"}
+
+    def compare(
+        self, student: Tensor, teacher: Tensor, *, sigmoid: bool, labels: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The terms of one set of rows.
+
+        Args:
+            student, teacher: (N, P) logits of N rows; N may be 0.
+            sigmoid: see :class:`.Taps`.
+            labels: (N,), see :class:`.Taps`; None unless the loss reads them.
+
+        Returns:
+            part, "" if there is but one -> scalar, unweighted.
+        """
+        raise NotImplementedError
+
+    def forward(self, student: Taps, teacher: Taps) -> dict[str, Tensor]:
+        losses = {}
+        for suffix, (x, y, labels) in self._rows(student, teacher).items():
+            for part, value in self.compare(x, y, sigmoid=student.sigmoid, labels=labels).items():
+                name = "_".join(filter(None, ("loss", self.name, part, suffix)))
+                losses[name] = self.weight * value
         return losses
+
+    def _rows(
+        self, student: Taps, teacher: Taps
+    ) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
+        """Suffix of the term -> logits (N, P) of each side, labels (N,)."""
+        chosen, dense = {}, []
+        for group, y in teacher.logits.items():
+            if self.levels and group not in self.levels:
+                continue
+            x, labels = student.logits[group], student.labels.get(group)
+            kept = None
+            if self.foreground_only and labels is not None:
+                background = y.shape[-1] - (not student.sigmoid)
+                kept = (labels >= 0) & (labels < background)
+            if y.dim() == 2:
+                if kept is not None and labels is not None:
+                    x, y, labels = x[kept], y[kept], labels[kept]
+                chosen["" if group == "box" else group] = (x, y, labels)
+                continue
+            if labels is None:
+                labels = torch.zeros_like(y[..., 0], dtype=torch.long)
+            score = y.amax(-1)
+            if kept is not None:
+                score = score.masked_fill(~kept, -torch.inf)
+            # The best k of all levels are among the best k of each: select before concatenating,
+            # and the 10^5 anchors of a COCO image are never copied.
+            dense.append(self._best(x, y, labels, score))
+        if dense:
+            x, y, labels, score = (torch.cat(side, dim=1) for side in zip(*dense))
+            x, y, labels, score = self._best(x, y, labels, score)
+            known = ~score.isneginf()
+            read = "labels" in self.reads
+            chosen[""] = (x[known], y[known], labels[known] if read else None)
+        return chosen
+
+    def _best(self, x: Tensor, y: Tensor, labels: Tensor, score: Tensor) -> tuple[Tensor, ...]:
+        """Of x and y (B, R, P) and labels the rows of each image with the best score (B, R)."""
+        k = self.topk_per_image
+        if not k or k >= score.shape[1]:
+            return x, y, labels, score
+        score, rows = score.topk(k, dim=1)
+        x, y = (z.take_along_dim(rows[..., None], 1) for z in (x, y))
+        return x, y, labels.take_along_dim(rows, 1), score
 
 
 def check_relation_weights(loss: DistillLoss, intra: float, inter: float) -> None:

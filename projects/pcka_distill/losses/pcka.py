@@ -6,11 +6,17 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from torch import Tensor
 
 from pcka_distill.errors import UserError
-from pcka_distill.functional import LAYOUTS, patch_counts, pcka_loss
+from pcka_distill.functional import (
+    CHANNEL_FREE_LAYOUTS,
+    FORMS,
+    LAYOUTS,
+    patch_counts,
+    pcka_loss,
+)
 from pcka_distill.losses.base import DISTILL_LOSS_REGISTRY, FeatureLoss, check_relation_weights
 
 __all__ = ["PCKALoss"]
@@ -26,8 +32,9 @@ class PCKALoss(FeatureLoss):
     Args:
         levels: student levels, empty for every level that can be paired.
         patch_size: side of a patch in cells of the map: one for all levels, or one a level.
-        layout, center, debiased, intra_weight, inter_weight: see :func:`.functional.pcka_loss`.
-        weight, warmup_iters: see :class:`.DistillLoss`.
+        layout, form, center, debiased, intra_weight, inter_weight: see
+            :func:`.functional.pcka_loss`.
+        common: see :class:`.DistillLoss`.
 
     Raises:
         UserError: a setting that cannot work.
@@ -40,14 +47,14 @@ class PCKALoss(FeatureLoss):
         levels: Sequence[str] = (),
         patch_size: int | Sequence[int] = 16,
         layout: str = "spatial",
+        form: str = "cka",
         center: bool = True,
         debiased: bool = False,
         intra_weight: float = 1.0,
         inter_weight: float = 0.0,
-        weight: float = 1.0,
-        warmup_iters: int = 0,
+        **common: Any,
     ) -> None:
-        super().__init__(levels=levels, weight=weight, warmup_iters=warmup_iters)
+        super().__init__(levels=levels, **common)
         sizes = (patch_size,) if isinstance(patch_size, int) else tuple(patch_size)
         if not sizes or not all(isinstance(p, int) and p > 0 for p in sizes):
             raise UserError(
@@ -60,30 +67,20 @@ class PCKALoss(FeatureLoss):
             )
         if layout not in LAYOUTS:
             raise UserError(f"PCKALoss: unknown layout {layout!r}, expected {', '.join(LAYOUTS)}")
+        if form not in FORMS:
+            raise UserError(f"PCKALoss: unknown form {form!r}, expected {', '.join(FORMS)}")
         check_relation_weights(self, intra_weight, inter_weight)
+        if layout in CHANNEL_FREE_LAYOUTS and not inter_weight:
+            self.project = None
         self._patch_sizes = sizes
         self._warned: set[str] = set()
         self.options: dict[str, Any] = {
             "layout": layout,
+            "form": form,
             "center": center,
             "debiased": debiased,
             "intra_weight": intra_weight,
             "inter_weight": inter_weight,
-        }
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        node = cfg.MODEL.DISTILL.PCKA
-        return {
-            "levels": node.LEVELS,
-            "patch_size": node.PATCH_SIZE,
-            "layout": node.LAYOUT,
-            "center": node.CENTER,
-            "debiased": node.DEBIASED,
-            "intra_weight": node.INTRA_WEIGHT,
-            "inter_weight": node.INTER_WEIGHT,
-            "weight": node.WEIGHT,
-            "warmup_iters": node.WARMUP_ITERS,
         }
 
     def patch_size(self, level: str) -> int:

@@ -1,0 +1,396 @@
+"""A fair comparison of distillation methods: equal trials, equal seeds, one page.
+
+A plan (a yaml, see ``benchmarks/comparison.yaml``) names tasks, methods and the sections of a page.
+Every method of a section is run on the section's task with the same seeds, from the same initial
+weights, with the same teacher, images and iterations. What is to be chosen (a weight) is chosen by
+the mean metric on one dataset, over seeds of its own; what is reported is measured on another.
+
+Results are lines of a ``results.jsonl``. What is there is not run again, and the page is made from
+it alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from pcka_distill.bench import Diverged, run
+from pcka_distill.errors import UserError, reason
+
+__all__ = ["Comparison", "compare", "read_plan"]
+
+_METRICS = ("AP", "AP50", "AP75")
+_ENVIRONMENT = f"torch {torch.__version__}, Python {platform.python_version()}, CPU"
+Opts = dict[str, Any]
+Row = dict[str, Any]
+T = TypeVar("T")
+
+
+@dataclass
+class Task:
+    """What is trained: a distillation config, its teacher, and overrides of both."""
+
+    config: str = ""
+    #: config of the teacher, trained here first; empty for that of the config, as it is
+    teacher: str = ""
+    #: overrides of the config
+    opts: Opts = field(default_factory=dict)
+    #: another task: what is not said here is as there, settings included
+    base: str = ""
+
+
+@dataclass
+class Method:
+    """What is added to a student: losses and their keys, below MODEL.DISTILL."""
+
+    losses: list[str] = field(default_factory=list)
+    opts: Opts = field(default_factory=dict)
+    #: settings of which the best on the validation set is taken
+    tune: list[Opts] = field(default_factory=list)
+    #: other methods, with their settings, to which this one adds
+    combine: list[str] = field(default_factory=list)
+    #: what to call it in the page; its name if empty
+    title: str = ""
+
+
+@dataclass
+class Section:
+    """A table of the page."""
+
+    title: str
+    task: str
+    methods: list[str]
+    text: str = ""
+    #: seeds 0, 1, ... of every method
+    seeds: int = 5
+    #: what the others are compared to, by a paired test
+    reference: str = ""
+    #: a bar for each method; or "iterations" for a curve; empty for none
+    plot: str = ""
+
+
+@dataclass
+class Plan:
+    """All of a comparison."""
+
+    title: str
+    #: datasets to choose settings on, and to report
+    choose_on: str
+    report_on: str
+    tasks: dict[str, Task]
+    methods: dict[str, Method]
+    sections: list[Section]
+    text: str = ""
+    #: seeds of the runs that settings are chosen by
+    tune_seeds: list[int] = field(default_factory=lambda: [100, 101])
+    #: keep what the teachers compute on disk; for images that come back unchanged
+    cache: bool = False
+
+
+def _make(kind: type[T], content: Any, where: str) -> T:
+    if not isinstance(content, dict):
+        raise UserError(f"{where} must be a mapping of keys to values")
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    for key in content:
+        if key not in known:
+            raise UserError(f"{where} has an unknown key {key!r}; known are {', '.join(known)}")
+    try:
+        return kind(**content)
+    except TypeError as e:
+        raise UserError(f"{where}: {reason(e)}") from e
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        UserError: it is not there, is no yaml, or names what it does not define.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as e:
+        raise UserError(f"plan {path} cannot be read: {reason(e)}") from e
+    plan = _make(Plan, content, str(path))
+    plan.tasks = {k: _make(Task, v, f"task {k!r}") for k, v in plan.tasks.items()}
+    plan.methods = {k: _make(Method, v or {}, f"method {k!r}") for k, v in plan.methods.items()}
+    plan.sections = [_make(Section, x, f"section {i + 1}") for i, x in enumerate(plan.sections)]
+
+    def known(name: str, names: Iterable[str], where: str) -> None:
+        if name not in names:
+            raise UserError(f"{where} names {name!r}, which {path} does not define")
+
+    for name, task in plan.tasks.items():
+        if task.base:
+            known(task.base, plan.tasks, f"task {name!r}")
+    for name, method in plan.methods.items():
+        for other in method.combine:
+            known(other, plan.methods, f"method {name!r}")
+    for section in plan.sections:
+        where = f"section {section.title!r}"
+        known(section.task, plan.tasks, where)
+        for name in [*section.methods, *filter(None, [section.reference])]:
+            known(name, plan.methods, where)
+    return plan
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a task with a setting of a method, and a seed."""
+
+    task: str
+    #: the overrides, as json with sorted keys
+    setting: str
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """A name for its folder that says what it is."""
+        words = [f"{k}={v}" for k, v in json.loads(self.setting).items()]
+        name = "".join(c if c.isalnum() or c in "=.-" else "_" for c in "_".join(words))
+        return f"{self.task}/{name[:180]}/{self.seed}"
+
+
+class Comparison:
+    """A plan and the results that there are.
+
+    Args:
+        plan: see :func:`read_plan`.
+        results: a ``results.jsonl``; it need not be there yet.
+    """
+
+    def __init__(self, plan: Plan, results: Path) -> None:
+        self.plan = plan
+        self.path = results
+        self.rows: dict[Job, Row] = {}
+        #: config -> result
+        self.teachers: dict[str, Row] = {}
+        if results.exists():
+            for line in results.read_text().splitlines():
+                row = json.loads(line)
+                if "teacher" in row:
+                    self.teachers[row["teacher"]] = row
+                else:
+                    self.rows[Job(row["task"], _text(row["opts"]), row["seed"])] = row
+
+    def add(self, job: Job, row: Row) -> None:
+        """Keep the result of a run."""
+        row = {"task": job.task, "opts": json.loads(job.setting), "seed": job.seed, **row}
+        self.rows[job] = row
+        self._append(row)
+
+    def add_teacher(self, config: str, row: Row) -> None:
+        """Keep the result of a teacher."""
+        row = {"teacher": config, **row}
+        if self.teachers.get(config) != row:
+            self.teachers[config] = row
+            self._append(row)
+
+    def _append(self, row: Row) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a") as f:
+            f.write(json.dumps(row) + "\n")
+
+    def task(self, name: str) -> Task:
+        """A task with all that it takes from others."""
+        task = self.plan.tasks[name]
+        if not task.base:
+            return task
+        base = self.task(task.base)
+        return Task(
+            task.config or base.config, task.teacher or base.teacher, {**base.opts, **task.opts}
+        )
+
+    def _tuned_on(self, task: str) -> str:
+        base = self.plan.tasks[task].base
+        return self._tuned_on(base) if base else task
+
+    def _candidates(self, task: str, name: str) -> list[Opts] | None:
+        """The settings of a method that are tried on a task; None if others must be known first."""
+        method = self.plan.methods[name]
+        losses, opts = list(method.losses), {}
+        for other in method.combine:
+            setting = self.setting(task, other)
+            if setting is None:
+                return None
+            losses += setting.pop("LOSSES")
+            opts.update(setting)
+        if not losses:
+            # The student alone, whatever its family: without a weight nothing is built.
+            return [{"LOSSES": ["PCKALoss"], "PCKA.WEIGHT": 0.0}]
+        opts = {"LOSSES": list(dict.fromkeys(losses)), **opts, **method.opts}
+        return [{**opts, **x} for x in method.tune or [{}]]
+
+    def setting(self, task: str, name: str) -> Opts | None:
+        """The setting of a method that a task uses; None if it is not known yet."""
+        task = self._tuned_on(task)
+        candidates = self._candidates(task, name)
+        if candidates is None:
+            return None
+        if len(candidates) == 1:
+            return dict(candidates[0])
+        scores = []
+        for opts in candidates:
+            rows = [self.rows.get(job) for job in self._jobs(task, opts, self.plan.tune_seeds)]
+            if None in rows:
+                return None
+            values = [_metric(row, self.plan.choose_on, "AP") for row in rows if row]
+            scores.append(statistics.mean(values))
+        # One that diverged is the last to be taken.
+        order = [-math.inf if math.isnan(score) else score for score in scores]
+        return dict(candidates[max(range(len(order)), key=order.__getitem__)])
+
+    @staticmethod
+    def _jobs(task: str, opts: Opts, seeds: Iterable[int]) -> list[Job]:
+        return [Job(task, _text(opts), seed) for seed in seeds]
+
+    def missing(self, sections: Sequence[Section]) -> list[Job]:
+        """The runs that sections lack and whose settings are known; dict order, none twice."""
+        jobs: dict[Job, None] = {}
+        for section in sections:
+            for name in section.methods:
+                jobs.update(dict.fromkeys(self._missing(section, name)))
+        return list(jobs)
+
+    def _missing(self, section: Section, name: str) -> Iterator[Job]:
+        setting = self.setting(section.task, name)
+        if setting is not None:
+            wanted = self._jobs(section.task, setting, range(section.seeds))
+        else:
+            tuned = self._tuned_on(section.task)
+            wanted = []
+            for other in self._parts(name):
+                if self.setting(tuned, other) is None:
+                    for opts in self._candidates(tuned, other) or []:
+                        wanted += self._jobs(tuned, opts, self.plan.tune_seeds)
+        yield from (job for job in wanted if job not in self.rows)
+
+    def _parts(self, name: str) -> Iterator[str]:
+        yield name
+        for other in self.plan.methods[name].combine:
+            yield from self._parts(other)
+
+    def results(self, section: Section, name: str) -> list[Row]:
+        """The rows of a method in a section, by seed; fewer than its seeds if some are missing."""
+        setting = self.setting(section.task, name)
+        if setting is None:
+            return []
+        jobs = self._jobs(section.task, setting, range(section.seeds))
+        return [self.rows[job] for job in jobs if job in self.rows]
+
+
+def _text(opts: Opts) -> str:
+    return json.dumps(opts, sort_keys=True)
+
+
+def _metric(row: Row, dataset: str, name: str) -> float:
+    """Of a run, in percent; NaN if it diverged."""
+    value = row["metrics"].get(dataset, {}).get(name) if "metrics" in row else None
+    return math.nan if value is None else float(value)
+
+
+def _history(folder: Path) -> list[list[Any]]:
+    """[iteration, {dataset: AP}] of each evaluation on the way."""
+    found: dict[int, dict[str, float]] = {}
+    for line in (folder / "metrics.json").read_text().splitlines():
+        content = json.loads(line)
+        for key, value in content.items():
+            if key.endswith("/bbox/AP"):
+                found.setdefault(content["iteration"] + 1, {})[key.split("/")[0]] = value
+    return [[i, found[i]] for i in sorted(found)]
+
+
+def _execute(comparison: Comparison, job: Job, runs: Path, teacher: Path | None) -> Row:
+    plan, task = comparison.plan, comparison.task(job.task)
+    opts: Opts = {"SEED": job.seed, **task.opts}
+    if plan.cache:
+        opts["MODEL.DISTILL.TEACHER.CACHE.DIR"] = str(runs.absolute() / "cache")
+    # Only the last one: a run that is cut off is made again.
+    opts.setdefault("SOLVER.CHECKPOINT_PERIOD", 10**9)
+    opts.update({f"MODEL.DISTILL.{k}": v for k, v in json.loads(job.setting).items()})
+    folder = runs / job.folder
+    flat = [x for pair in opts.items() for x in pair]
+    try:
+        found = run(task.config, folder, flat, label="", teacher=teacher, threads=1)
+    except Diverged as e:
+        return {"diverged": str(e), "environment": _ENVIRONMENT}
+    row = _result(found)
+    history = _history(folder)
+    if len(history) > 1:
+        row["history"] = history
+    return row
+
+
+def _result(found: dict[str, Any]) -> Row:
+    """Of a ``results.json`` what is kept."""
+    return {
+        "metrics": {
+            dataset: {k: round(v["bbox"][k], 3) for k in _METRICS}
+            for dataset, v in found["results"].items()
+        },
+        "seconds": round(found["train_seconds"], 1),
+        "parameters": found["parameters"],
+        "environment": _ENVIRONMENT,
+    }
+
+
+def compare(
+    comparison: Comparison, sections: Sequence[Section], runs: Path, processes: int
+) -> None:
+    """Make the runs that sections lack, so many at a time, each on one thread.
+
+    Raises:
+        UserError: a run failed, for another reason than a loss that is not finite.
+    """
+    terminal = sys.stderr.isatty()
+    with ThreadPoolExecutor(processes) as pool:
+        teachers = {
+            config: runs / "teachers" / Path(config).stem
+            for config in dict.fromkeys(comparison.task(s.task).teacher for s in sections)
+            if config
+        }
+        weights = {config: folder / "model_final.pth" for config, folder in teachers.items()}
+        if comparison.missing(sections):
+            made = {
+                config: pool.submit(run, config, folder, label=folder.name, threads=1)
+                for config, folder in teachers.items()
+                if config not in comparison.teachers or not weights[config].exists()
+            }
+            for config, result in made.items():
+                comparison.add_teacher(config, _result(result.result()))
+        while jobs := comparison.missing(sections):
+            futures = {
+                pool.submit(
+                    _execute,
+                    comparison,
+                    job,
+                    runs,
+                    weights.get(comparison.task(job.task).teacher),
+                ): job
+                for job in jobs
+            }
+            count = 0
+            with tqdm(total=len(jobs), desc="runs", disable=not terminal) as bar:
+                try:
+                    for done in as_completed(futures):
+                        job, row = futures[done], done.result()
+                        comparison.add(job, row)
+                        bar.update()
+                        ap = _metric(row, comparison.plan.choose_on, "AP")
+                        count += 1
+                        bar.write(f"{count} of {len(jobs)}: {job.folder}: {ap:.1f}")
+                except BaseException:
+                    for future in futures:
+                        future.cancel()
+                    raise

@@ -1,0 +1,37 @@
+"""CWD: where each channel looks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.config import configurable
+from torch import Tensor
+
+from pcka_distill.baselines import cwd_loss
+from pcka_distill.errors import UserError
+from pcka_distill.losses.base import DISTILL_LOSS_REGISTRY, FeatureLoss
+
+__all__ = ["CWDLoss"]
+
+
+@DISTILL_LOSS_REGISTRY.register()
+class CWDLoss(FeatureLoss):
+    """Channel-wise distillation (Shu et al., ICCV 2021), see :func:`.baselines.cwd_loss`.
+
+    Args:
+        temperature: see :func:`.baselines.cwd_loss`.
+        common: see :class:`.FeatureLoss`.
+
+    Raises:
+        UserError: a setting that cannot work.
+    """
+
+    @configurable
+    def __init__(self, *, temperature: float = 1.0, **common: Any) -> None:
+        super().__init__(**common)
+        if temperature <= 0:
+            raise UserError(f"CWDLoss: TEMPERATURE must be positive, got {temperature}")
+        self.temperature = temperature
+
+    def compare(self, level: str, student: Tensor, teacher: Tensor) -> Tensor:
+        return cwd_loss(student, teacher, temperature=self.temperature)

@@ -1,0 +1,51 @@
+"""DIST: correlations of class scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.config import configurable
+from torch import Tensor
+
+from pcka_distill.baselines import dist_loss
+from pcka_distill.errors import UserError
+from pcka_distill.losses.base import DISTILL_LOSS_REGISTRY, LogitLoss, check_relation_weights
+
+__all__ = ["DISTLoss"]
+
+
+@DISTILL_LOSS_REGISTRY.register()
+class DISTLoss(LogitLoss):
+    """Distillation from a stronger teacher (Huang et al., NeurIPS 2022).
+
+    Args:
+        inter_weight, intra_weight, temperature: see :func:`.baselines.dist_loss`.
+        common: see :class:`.LogitLoss`.
+
+    Raises:
+        UserError: a setting that cannot work.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        inter_weight: float = 1.0,
+        intra_weight: float = 1.0,
+        temperature: float = 1.0,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        check_relation_weights(self, intra_weight, inter_weight)
+        if temperature <= 0:
+            raise UserError(f"DISTLoss: TEMPERATURE must be positive, got {temperature}")
+        self.options = {
+            "inter_weight": inter_weight,
+            "intra_weight": intra_weight,
+            "temperature": temperature,
+        }
+
+    def compare(
+        self, student: Tensor, teacher: Tensor, *, sigmoid: bool, labels: Tensor | None
+    ) -> dict[str, Tensor]:
+        return {"": dist_loss(student, teacher, sigmoid=sigmoid, **self.options)}

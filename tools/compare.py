@@ -1,0 +1,51 @@
+#!/usr/bin/env python
+"""Compare distillation methods: equal trials, equal seeds, one page.
+
+    python tools/compare.py benchmarks/comparison.yaml
+    python tools/compare.py my_plan.yaml --dry-run
+
+The plan names tasks, methods and tables. Results are added to results.jsonl beside the plan, one
+line a run; what is there is not run again, and an interrupted comparison goes on.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from pcka_distill.bench import REPOSITORY
+from pcka_distill.compare import Comparison, compare, read_plan
+from pcka_distill.errors import UserError
+
+
+def main() -> None:
+    """Make the runs that are missing, then the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("plan", type=Path)
+    parser.add_argument(
+        "--sections", nargs="+", default=[], help="words in the titles of the tables to make"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--runs", type=Path, default=REPOSITORY / "output" / "comparison")
+    parser.add_argument("--results", type=Path, help="default: results.jsonl beside the plan")
+    parser.add_argument("--dry-run", action="store_true", help="count the runs that are missing")
+    args = parser.parse_args()
+    plan = read_plan(args.plan)
+    comparison = Comparison(plan, args.results or args.plan.with_name("results.jsonl"))
+    sections = [
+        s for s in plan.sections if not args.sections or any(w in s.title for w in args.sections)
+    ]
+    if args.dry_run:
+        print(f"{len(comparison.missing(sections))} runs are known to be missing")
+        return
+    compare(comparison, sections, args.runs, args.jobs)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command goes on")
