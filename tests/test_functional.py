@@ -380,6 +380,8 @@ def test_pcka_rejects_what_it_cannot_compare():
         pcka_loss(x, x, layout="diagonal")
     with pytest.raises(ValueError, match="unknown form 'square', expected one of cka, sqrt, log"):
         pcka_loss(x, x, form="square")
+    with pytest.raises(ValueError, match="channel_weight 'variance' with layout 'batch'"):
+        pcka_loss(x, x, layout="batch", channel_weight="variance")
     for layout in CHANNEL_FREE_LAYOUTS:
         pcka_loss(x, rand(1, 3, 4, 4), patch_size=1, layout=layout)
         with pytest.raises(ValueError, match="maps of one shape"):
@@ -408,6 +410,20 @@ def test_rcka_equals_the_definition():
     x, y = s.numpy(), t.numpy()
     expected = 2 * (1 - np_cka(x, y)) + 3 * (1 - np_cka(x.T, y.T))
     assert rcka_loss(s, t, intra_weight=2.0, inter_weight=3.0).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_rcka_of_scores_equals_the_definition(sigmoid):
+    """A sigmoid does not tie the classes to one another, so that they can be related by it."""
+    s, t = rand(30, 7).double(), rand(30, 7, seed=1).double()
+    logits = x, y = s.numpy(), t.numpy()
+    if sigmoid:
+        x, y = logits = [1 / (1 + np.exp(-z / 2)) for z in logits]
+    else:
+        x, y = [np.exp(z / 2) / np.exp(z / 2).sum(1, keepdims=True) for z in logits]
+    expected = 2 * (1 - np_cka(x, y)) + 3 * (1 - np_cka(logits[0].T, logits[1].T))
+    loss = rcka_loss(s, t, intra_weight=2.0, inter_weight=3.0, temperature=2.0, sigmoid=sigmoid)
+    assert loss.item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("rows", [0, 1])

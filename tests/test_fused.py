@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pcka_distill import functional
-from pcka_distill.functional import FORMS, LAYOUTS, patch_counts, pcka_loss
+from pcka_distill.functional import CHANNEL_LAYOUTS, FORMS, LAYOUTS, patch_counts, pcka_loss
 
 ATEN = torch.ops.aten
 WEIGHTS = [(1.0, 0.0), (0.0, 2.0), (3.0, 2.0)]
@@ -68,6 +68,33 @@ def test_forms_equal_to_the_plain_form(form, weights, near):
         )
         torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(grad, expected_grad, rtol=1e-8, atol=1e-13)
+
+
+@pytest.mark.parametrize("layout", CHANNEL_LAYOUTS)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("cache", [1, 1 << 30])
+def test_weighted_channels_are_the_sum_of_their_losses(layout, weights, cache, monkeypatch):
+    for name in ("_CACHE", "_LEAST"):
+        monkeypatch.setattr(functional, name, cache)
+    scale = torch.tensor([0.0, 0.3, 1.0, 5.0])[:, None, None]
+    s = rand(2, 4, 8, 12, dtype=torch.float64).requires_grad_()
+    t = rand(2, 4, 8, 12, seed=1, dtype=torch.float64) * scale + 7.0
+    options = dict(zip(("intra_weight", "inter_weight"), weights))
+    options |= {"patch_size": 4 if layout == "spatial" else 2, "layout": layout}
+    variance = t.numpy().var((0, 2, 3))
+    expected = sum(
+        v / variance.sum() * pcka_loss(s[:, [c]], t[:, [c]], **options)
+        for c, v in enumerate(variance)
+    )
+    for debiased in (False, True):
+        loss = pcka_loss(s, t, channel_weight="variance", debiased=debiased, **options)
+        if not debiased:
+            torch.testing.assert_close(loss, expected)
+            gradients = [torch.autograd.grad(x, s)[0] for x in (loss, expected)]
+            torch.testing.assert_close(*gradients)
+    # Of the plain form, too: the teacher's own gradient is wanted here.
+    plainly = pcka_loss(s, t.requires_grad_(), channel_weight="variance", **options)
+    torch.testing.assert_close(plainly, expected)
 
 
 @pytest.mark.parametrize("layout", ["spatial", "sample"])

@@ -250,7 +250,7 @@ def test_relations_of_too_few_images():
     with pytest.raises(UserError, match="fewer than 3 images is constant, and a batch has 2"):
         FCKALoss().check_maps(shapes)
     for loss in (FCKALoss(center=False), SPLoss()):
-        with pytest.raises(UserError, match="raise SOLVER.IMS_PER_BATCH"):
+        with pytest.raises(UserError, match=r"raise SOLVER\.IMS_PER_BATCH"):
             loss.check_maps({"p3": (1, 4, 8, 8)})
 
 
@@ -363,6 +363,11 @@ def test_every_loss_can_be_built_from_its_defaults(name):
         (lambda: KDLoss(topk_per_image=-1), "KDLoss: TOPK_PER_IMAGE must not be negative"),
         (lambda: RCKALoss(temperature=-1.0), "TEMPERATURE must not be negative"),
         (lambda: PCKALoss(form="x"), "unknown form 'x', expected cka, sqrt, log"),
+        (lambda: PCKALoss(channel_weight="x"), "unknown channel weight 'x', expected equal, var"),
+        (
+            lambda: PCKALoss(channel_weight="variance", layout="batch"),
+            "'batch' has no CKA for each channel to weigh; set CHANNEL_WEIGHT equal",
+        ),
         (lambda: PKDLoss(decay_iters=(5,)), r"PKDLoss: the decay is .* got \[5\]"),
         (lambda: PKDLoss(decay_iters=(5, 5)), "from one iteration to a later one"),
         (lambda: CWDLoss(temperature=0.0), "CWDLoss: TEMPERATURE must be positive"),
@@ -468,4 +473,5 @@ def test_classes_too_few_to_relate():
     with pytest.raises(UserError, match=r"have 2; set MODEL\.DISTILL\.RCKA\.INTER_WEIGHT 0"):
         RCKALoss().check_logits(2, sigmoid=True)
     with pytest.raises(UserError, match="softmax of one class"):
-        RCKALoss(inter_weight=0.0, temperature=2.0).check_logits(1, sigmoid=True)
+        RCKALoss(inter_weight=0.0, temperature=2.0).check_logits(1, sigmoid=False)
+    RCKALoss(inter_weight=0.0, temperature=2.0).check_logits(1, sigmoid=True)

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from pcka_distill.bench import REPOSITORY
-from pcka_distill.compare import Comparison, compare, read_plan
+from pcka_distill.compare import Comparison, compare, read_plan, write_page
 from pcka_distill.errors import UserError
 
 
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=REPOSITORY / "output" / "comparison")
     parser.add_argument("--results", type=Path, help="default: results.jsonl beside the plan")
     parser.add_argument("--dry-run", action="store_true", help="count the runs that are missing")
+    parser.add_argument("--page-only", action="store_true", help="make the page of what is there")
     args = parser.parse_args()
     plan = read_plan(args.plan)
     comparison = Comparison(plan, args.results or args.plan.with_name("results.jsonl"))
@@ -39,7 +40,10 @@ def main() -> None:
     if args.dry_run:
         print(f"{len(comparison.missing(sections))} runs are known to be missing")
         return
-    compare(comparison, sections, args.runs, args.jobs)
+    if not args.page_only:
+        compare(comparison, sections, args.runs, args.jobs)
+    page = args.plan.with_suffix(".md")
+    print(write_page(comparison, page))
 
 
 if __name__ == "__main__":

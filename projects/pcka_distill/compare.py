@@ -29,7 +29,7 @@ from tqdm import tqdm
 from pcka_distill.bench import Diverged, run
 from pcka_distill.errors import UserError, reason
 
-__all__ = ["Comparison", "compare", "read_plan"]
+__all__ = ["Comparison", "compare", "read_plan", "write_page"]
 
 _METRICS = ("AP", "AP50", "AP75")
 _ENVIRONMENT = f"torch {torch.__version__}, Python {platform.python_version()}, CPU"
@@ -394,3 +394,152 @@ def compare(
                     for future in futures:
                         future.cancel()
                     raise
+
+
+# ---- the page --------------------------------------------------------------------------------
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean and, of several, standard deviation."""
+    if len(values) < 2:
+        return "".join(f"{x:.1f}" for x in values)
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def _difference(mine: Sequence[float], theirs: Sequence[float]) -> str:
+    """Mean of paired differences and the p-value of a paired t-test."""
+    differences = [a - b for a, b in zip(mine, theirs)]
+    text = f"{statistics.mean(differences):+.1f}"
+    if len(differences) < 2 or statistics.stdev(differences) == 0:
+        return text
+    from scipy.stats import ttest_rel
+
+    return f"{text} (p {ttest_rel(mine, theirs).pvalue:.3f})"
+
+
+def _setting_text(comparison: Comparison, section: Section, name: str) -> str:
+    """What was chosen for a method, of what was tried."""
+    setting = comparison.setting(section.task, name) or {}
+    chosen: dict[str, Any] = {}
+
+    def add(name: str) -> None:
+        method = comparison.plan.methods[name]
+        for other in method.combine:
+            add(other)
+        for key in dict.fromkeys(k for opts in method.tune for k in opts):
+            chosen[key] = setting[key]
+
+    add(name)
+    return ", ".join(f"{k} {v}" for k, v in chosen.items())
+
+
+def table(comparison: Comparison, section: Section) -> list[str]:
+    """A section's table; a method whose runs are not all there has a row that says so."""
+    plan = comparison.plan
+
+    def title(name: str) -> str:
+        return plan.methods[name].title or name
+
+    def values(name: str, metric: str, dataset: str = plan.report_on) -> list[float]:
+        return [_metric(row, dataset, metric) for row in comparison.results(section, name)]
+
+    def complete(name: str) -> bool:
+        return len(comparison.results(section, name)) == section.seeds
+
+    alone = [x for x in section.methods if not (plan.methods[x].losses or plan.methods[x].combine)]
+    columns = ["method", "chosen on val", "AP"]
+    if alone:
+        columns.append("over the student alone")
+    if section.reference:
+        columns.append(f"over {title(section.reference)}")
+    columns += ["AP50", "AP75", "AP, val"]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for name in section.methods:
+        cells = [title(name), _setting_text(comparison, section, name)]
+        rows = comparison.results(section, name)
+        if not complete(name):
+            missing = f"{len(rows)} of {section.seeds} runs made"
+            cells += [missing] + [""] * (len(columns) - 3)
+        elif diverged := sum("diverged" in row for row in rows):
+            cells += [f"{diverged} of {section.seeds} diverged"] + [""] * (len(columns) - 3)
+        else:
+            cells.append(_spread(values(name, "AP")))
+            for other in [*alone[:1], *filter(None, [section.reference])]:
+                known = other != name and complete(other)
+                cells.append(_difference(values(name, "AP"), values(other, "AP")) if known else "")
+            cells += [_spread(values(name, x)) for x in ("AP50", "AP75")]
+            cells.append(_spread(values(name, "AP", plan.choose_on)))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _plot(comparison: Comparison, section: Section, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    plan = comparison.plan
+    done = {name: comparison.results(section, name) for name in section.methods}
+    done = {name: rows for name, rows in done.items() if len(rows) == section.seeds > 0}
+    titles = {name: plan.methods[name].title or name for name in done}
+    curves = section.plot == "iterations"
+    height = 4.5 if curves else 0.9 + 0.3 * len(done)
+    figure = Figure(figsize=(8, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for i, (name, rows) in enumerate(done.items()):
+        if curves:
+            iterations = [x for x, _ in rows[0]["history"]]
+            aps = [[ap[plan.report_on] for _, ap in row["history"]] for row in rows]
+            mean = [statistics.mean(x) for x in zip(*aps)]
+            spread = [statistics.stdev(x) if len(x) > 1 else 0.0 for x in zip(*aps)]
+            line = axes.plot(iterations, mean, marker="o", markersize=3, label=titles[name])[0]
+            low, high = ([m + k * s for m, s in zip(mean, spread)] for k in (-1, 1))
+            axes.fill_between(iterations, low, high, color=line.get_color(), alpha=0.12)
+        else:
+            values = [_metric(row, plan.report_on, "AP") for row in rows]
+            axes.plot(values, [i] * len(values), "o", color="0.6", markersize=4)
+            axes.plot([statistics.mean(values)], [i], "|", color="black", markersize=14, mew=2)
+    axes.grid(axis="both" if curves else "x", alpha=0.3)
+    if curves:
+        axes.set_xlabel("iteration")
+        axes.set_ylabel(f"AP, {plan.report_on}")
+        axes.legend()
+    else:
+        axes.set_yticks(range(len(done)), list(titles.values()))
+        axes.invert_yaxis()
+        axes.set_xlabel(f"AP, {plan.report_on}; a dot a seed, a line their mean")
+    figure.savefig(path, dpi=110)
+
+
+def write_page(comparison: Comparison, path: Path) -> str:
+    """Write the page, and its plots beside it.
+
+    Returns:
+        its text, which depends on the plan and the results alone.
+    """
+    plan = comparison.plan
+    lines = [f"# {plan.title}", ""]
+    if plan.text:
+        lines += [plan.text.strip(), ""]
+    for i, section in enumerate(plan.sections):
+        if not section.seeds:
+            continue
+        lines += [f"## {section.title}", ""]
+        if section.text:
+            lines += [section.text.strip(), ""]
+        lines += [*table(comparison, section), ""]
+        if section.plot:
+            name = f"{path.stem}_{i + 1}.png"
+            lines += [f"![{section.title}]({name})", ""]
+            _plot(comparison, section, path.with_name(name))
+    used = [*comparison.teachers.values(), *comparison.rows.values()]
+    where = sorted({row["environment"] for row in used})
+    if comparison.teachers:
+        lines += ["## Teachers", "", "| config | AP | AP, val |", "|---|---|---|"]
+        for config, row in sorted(comparison.teachers.items()):
+            aps = [f"{_metric(row, x, 'AP'):.1f}" for x in (plan.report_on, plan.choose_on)]
+            lines.append(f"| {config} | {' | '.join(aps)} |")
+        lines.append("")
+    text = "\n".join([*lines, f"{len(comparison.rows)} runs: {'; '.join(where)}."]) + "\n"
+    path.write_text(text)
+    return text

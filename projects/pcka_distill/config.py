@@ -80,6 +80,8 @@ def add_pcka_distill_config(cfg: CN) -> None:
     node.LAYOUT = "spatial"
     # The loss of a CKA: "cka" (the paper's 1 - CKA), "sqrt" (1 - its root) or "log" (- its log).
     node.FORM = "cka"
+    # Where every channel is a CKA (spatial, sample): "equal", or by the teacher's "variance".
+    node.CHANNEL_WEIGHT = "equal"
     # Centre the Gram matrices. The paper's formula does, its published code does not.
     node.CENTER = True
     # Use the unbiased HSIC estimator.
@@ -94,7 +96,8 @@ def add_pcka_distill_config(cfg: CN) -> None:
     # Weights of the relations between samples and of those between classes.
     node.INTRA_WEIGHT = 1.0
     node.INTER_WEIGHT = 1.0
-    # Relate samples by softmax(logits / TEMPERATURE); 0 for the logits themselves.
+    # Relate by the scores (softmax or sigmoid, as the head has) of logits / TEMPERATURE; 0 for the
+    # logits themselves.
     node.TEMPERATURE = 0.0
 
     # FCKA: relations between the images of a batch.

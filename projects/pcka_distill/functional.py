@@ -39,6 +39,8 @@ from pcka_distill.fused import FORMS, Resize, dissimilarity, dissimilarity_, pad
 
 __all__ = [
     "CHANNEL_FREE_LAYOUTS",
+    "CHANNEL_LAYOUTS",
+    "CHANNEL_WEIGHTS",
     "FORMS",
     "LAYOUTS",
     "fcka_loss",
@@ -57,6 +59,9 @@ _PERMUTATIONS: dict[str, tuple[tuple[int, ...], int, int]] = {
     "batch": ((0, 2, 4, 1, 3, 5), 0, 3),  # | B U V | C p p
 }
 LAYOUTS = tuple(_PERMUTATIONS)
+#: layouts in which every channel is a CKA, that may be weighted
+CHANNEL_LAYOUTS = ("spatial", "sample")
+CHANNEL_WEIGHTS = ("equal", "variance")
 #: layouts in which channels are but features of a sample, so that their number may differ
 CHANNEL_FREE_LAYOUTS = ("per_image", "batch")
 
@@ -201,11 +206,17 @@ def linear_cka(x: Tensor, y: Tensor, *, center: bool = True, debiased: bool = Fa
 
 
 def _dissimilarity(
-    x: Tensor, y: Tensor, center: bool, debiased: bool = False, form: str = "cka"
+    x: Tensor,
+    y: Tensor,
+    center: bool,
+    debiased: bool = False,
+    form: str = "cka",
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """Of the CKA of a student's x (G, N, P) and its teacher's y, mean over G: a scalar."""
+    """Of the CKA of a student's x (G, N, P) and its teacher's y: the mean over G, weighted or not."""
     cka, teachable = _cka(x, y, center, debiased)
-    return torch.where(teachable, dissimilarity(cka, form), torch.zeros_like(cka)).mean()
+    loss = torch.where(teachable, dissimilarity(cka, form), torch.zeros_like(cka))
+    return (loss if weights is None else loss * weights).mean()
 
 
 def patch_counts(shape: Sequence[int], patch_size: int, layout: str) -> tuple[int, int, int]:
@@ -270,7 +281,7 @@ class _FusedPCKA(torch.autograd.Function):
             # In at least fp32. Autograd casts it to the student's type, now that AMP's scale is
             # in: before that half a precision would lose it.
             grad = grad * scale
-        return None, grad, *(None,) * 7
+        return None, grad, *(None,) * 8
 
 
 def _fused_pcka(
@@ -283,6 +294,7 @@ def _fused_pcka(
     intra_weight: float,
     inter_weight: float,
     form: str,
+    weights: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss, and its gradient with respect to the student in at least fp32."""
     order, n_group, n_sample = _PERMUTATIONS[layout]
@@ -333,6 +345,7 @@ def _fused_pcka(
             intra_weight=intra_weight / groups,
             inter_weight=inter_weight / groups,
             form=form,
+            weights=weights if weights is None else weights[start : start + count, None, None],
         )
         if by_x is not None:
             if not resize:
@@ -354,6 +367,7 @@ def pcka_loss(
     inter_weight: float = 0.0,
     debiased: bool = False,
     form: str = "cka",
+    channel_weight: str = "equal",
 ) -> Tensor:
     r"""Patch-based CKA loss between two feature maps (PCKA, paper section 3.4).
 
@@ -387,6 +401,8 @@ def pcka_loss(
         form: "cka" as above; "sqrt" has the root of each CKA in its place, "log" minus its
             logarithm in that of 1 - CKA. The gradient of a CKA vanishes where nothing is related
             yet (of one-dimensional samples it is a squared correlation); theirs does not.
+        channel_weight: where every channel is a CKA, "equal" or in proportion to the "variance" of
+            the teacher's channel.
 
     Returns:
         a scalar; 0 with a zero gradient for empty input. The gradient is computed with it
@@ -405,6 +421,13 @@ def pcka_loss(
         raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}, expected one of {', '.join(FORMS)}")
+    if channel_weight not in CHANNEL_WEIGHTS or (
+        channel_weight != "equal" and layout not in CHANNEL_LAYOUTS
+    ):
+        raise ValueError(
+            f"channel_weight {channel_weight!r} with layout {layout!r}: expected "
+            f"{' or '.join(CHANNEL_WEIGHTS)}, with one of {', '.join(CHANNEL_LAYOUTS)}"
+        )
     channel_free = layout in CHANNEL_FREE_LAYOUTS and not inter_weight
     alike = student.shape == teacher.shape
     shapes = [x.shape[:1] + x.shape[2:] for x in (student, teacher)]
@@ -418,6 +441,7 @@ def pcka_loss(
     if student.numel() == 0 or not (intra_weight or inter_weight):
         return widen(student).sum() * 0
     with full_precision(student.device):
+        weights = _channel_weights(teacher) if channel_weight == "variance" else None
         if alike and not (debiased or teacher.requires_grad):
             gradient = student.requires_grad and torch.is_grad_enabled()
             loss: Tensor = _FusedPCKA.apply(
@@ -430,16 +454,28 @@ def pcka_loss(
                 intra_weight,
                 inter_weight,
                 form,
+                weights,
             )
             return loss
         x = _to_patches(widen(student), patch_size, layout)
         y = _to_patches(widen(teacher), patch_size, layout)
         loss = x.new_zeros(())
         if intra_weight:
-            loss = loss + intra_weight * _dissimilarity(x, y, center, debiased, form)
+            part = _dissimilarity(x, y, center, debiased, form, weights)
+            loss = loss + intra_weight * part
         if inter_weight:
-            loss = loss + inter_weight * _dissimilarity(x.mT, y.mT, center, debiased, form)
+            part = _dissimilarity(x.mT, y.mT, center, debiased, form, weights)
+            loss = loss + inter_weight * part
         return loss
+
+
+def _channel_weights(teacher: Tensor) -> Tensor:
+    """(C,), of mean 1, in proportion to the variance of each channel of (B, C, H, W)."""
+    x = widen(teacher.detach())
+    # Of unit peak, so that no square overflows or vanishes.
+    x = x / x.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)
+    variance = x.var((0, 2, 3), correction=0)
+    return variance / variance.mean().clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def fcka_loss(student: Tensor, teacher: Tensor, *, center: bool = True) -> Tensor:
@@ -477,6 +513,7 @@ def rcka_loss(
     intra_weight: float = 1.0,
     inter_weight: float = 1.0,
     temperature: float | None = None,
+    sigmoid: bool = False,
 ) -> Tensor:
     r"""Relation CKA loss between two sets of logits (RCKA, paper section 3.3).
 
@@ -495,6 +532,7 @@ def rcka_loss(
         temperature: T > 0 relates the samples by softmax(z / T); ``None`` by the logits. The
             classes are always related by their logits, as in the paper's published code:
             softmax ties the classes of a sample to one another.
+        sigmoid: with a temperature relate both by sigmoid(z / T) instead, which does not tie them.
 
     Returns:
         a scalar; 0 with a zero gradient for fewer than two samples (a relation needs two).
@@ -517,11 +555,13 @@ def rcka_loss(
         return widen(student_logits).sum() * 0
     with full_precision(student_logits.device):
         student, teacher = widen(student_logits), widen(teacher_logits)
+        if temperature is not None and sigmoid:
+            student, teacher = ((z / temperature).sigmoid() for z in (student, teacher))
         loss = student.new_zeros(())
         if intra_weight:
-            tau = temperature
-            x = student if tau is None else (student / tau).softmax(-1)
-            y = teacher if tau is None else (teacher / tau).softmax(-1)
+            x, y = student, teacher
+            if temperature is not None and not sigmoid:
+                x, y = ((z / temperature).softmax(-1) for z in (x, y))
             loss = loss + intra_weight * _dissimilarity(x, y, center)
         if inter_weight:
             loss = loss + inter_weight * _dissimilarity(student.mT, teacher.mT, center)

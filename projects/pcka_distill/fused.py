@@ -128,7 +128,7 @@ class Resize:
 
 
 def _relation(
-    grams: Tensor, m: Tensor | None, lost: Tensor, weight: float, form: str
+    grams: Tensor, m: Tensor | None, lost: Tensor, weight: float | Tensor, form: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One relation of G pairs: intra of K and L, or inter if M is given.
 
@@ -136,7 +136,7 @@ def _relation(
         grams: (2, G, N, N), K and L, centred.
         m: (G, N, N), likewise.
         lost: (2, G, 1, 1), the traces of what centring took out.
-        weight: of the relation.
+        weight: of the relation, one or (G, 1, 1).
         form: one of :data:`FORMS`.
 
     Returns:
@@ -158,7 +158,7 @@ def _relation(
     product = inverse[0] * inverse[1]
     dot = (k * l if m is None else other.square()).sum((-2, -1), keepdim=True)
     cka = dot * product
-    loss = weight * torch.where(varies[1], dissimilarity(cka, form), 0).sum()
+    loss = (weight * torch.where(varies[1], dissimilarity(cka, form), 0)).sum()
     twice = 2 * weight * _slope(cka, form)
     of_k = k * (twice * scale[0] * cka * inverse[0].square())
     factor = scale[0] if m is None else root[0] * root[1]
@@ -179,6 +179,7 @@ def dissimilarity_(
     intra_weight: float,
     inter_weight: float,
     form: str = "cka",
+    weights: Tensor | None = None,
 ) -> Tensor:
     """intra_weight * (1 - CKA) of X and Y + inter_weight * (1 - CKA) of their transposes.
 
@@ -191,6 +192,7 @@ def dissimilarity_(
         intra_weight: 0 leaves the relation out, but one is needed.
         inter_weight: likewise.
         form: what to make of a CKA, one of :data:`FORMS`.
+        weights: (G, 1, 1) of the pairs; None for 1 each.
 
     Returns:
         the sum of the losses over G, a scalar.
@@ -228,15 +230,16 @@ def dissimilarity_(
         inter = (inter + half).add_(half.mT)
         m.add_(x_cy + cc[:, :1, 1:]).add_(y_cx.mT)
 
+    pairs = 1.0 if weights is None else weights
     loss = z.new_zeros(())
     of_x = of_y = None
     lacking = []
     if m is not None:
-        part, of_x, of_y = _relation(inter, m, lost, inter_weight, form)
+        part, of_x, of_y = _relation(inter, m, lost, inter_weight * pairs, form)
         loss += part
         lacking = [of_x.sum(-1, keepdim=True), of_y.sum(-1, keepdim=True)]
     if intra_weight:
-        part, of_k, of_l = _relation(intra, None, lost, intra_weight, form)
+        part, of_k, of_l = _relation(intra, None, lost, intra_weight * pairs, form)
         loss += part
         alone = of_k.add_(of_l)
         if rows is not None:

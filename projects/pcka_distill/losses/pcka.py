@@ -12,6 +12,8 @@ from torch import Tensor
 from pcka_distill.errors import UserError
 from pcka_distill.functional import (
     CHANNEL_FREE_LAYOUTS,
+    CHANNEL_LAYOUTS,
+    CHANNEL_WEIGHTS,
     FORMS,
     LAYOUTS,
     patch_counts,
@@ -32,7 +34,7 @@ class PCKALoss(FeatureLoss):
     Args:
         levels: student levels, empty for every level that can be paired.
         patch_size: side of a patch in cells of the map: one for all levels, or one a level.
-        layout, form, center, debiased, intra_weight, inter_weight: see
+        layout, form, channel_weight, center, debiased, intra_weight, inter_weight: see
             :func:`.functional.pcka_loss`.
         common: see :class:`.DistillLoss`.
 
@@ -48,6 +50,7 @@ class PCKALoss(FeatureLoss):
         patch_size: int | Sequence[int] = 16,
         layout: str = "spatial",
         form: str = "cka",
+        channel_weight: str = "equal",
         center: bool = True,
         debiased: bool = False,
         intra_weight: float = 1.0,
@@ -69,6 +72,16 @@ class PCKALoss(FeatureLoss):
             raise UserError(f"PCKALoss: unknown layout {layout!r}, expected {', '.join(LAYOUTS)}")
         if form not in FORMS:
             raise UserError(f"PCKALoss: unknown form {form!r}, expected {', '.join(FORMS)}")
+        if channel_weight not in CHANNEL_WEIGHTS:
+            raise UserError(
+                f"PCKALoss: unknown channel weight {channel_weight!r}, expected "
+                f"{', '.join(CHANNEL_WEIGHTS)}"
+            )
+        if channel_weight != "equal" and layout not in CHANNEL_LAYOUTS:
+            raise UserError(
+                f"PCKALoss: layout {layout!r} has no CKA for each channel to weigh; set "
+                "CHANNEL_WEIGHT equal"
+            )
         check_relation_weights(self, intra_weight, inter_weight)
         if layout in CHANNEL_FREE_LAYOUTS and not inter_weight:
             self.project = None
@@ -77,6 +90,7 @@ class PCKALoss(FeatureLoss):
         self.options: dict[str, Any] = {
             "layout": layout,
             "form": form,
+            "channel_weight": channel_weight,
             "center": center,
             "debiased": debiased,
             "intra_weight": intra_weight,

@@ -20,7 +20,8 @@ class RCKALoss(LogitLoss):
 
     Args:
         center, intra_weight, inter_weight: see :func:`.functional.rcka_loss`.
-        temperature: see :func:`.functional.rcka_loss`; 0 or None relates the logits themselves.
+        temperature: relate scores, softmax or sigmoid as the head has, of logits divided by it,
+            see :func:`.functional.rcka_loss`; 0 or None relates the logits themselves.
         common: see :class:`.LogitLoss`.
 
     Raises:
@@ -46,7 +47,7 @@ class RCKALoss(LogitLoss):
         self.temperature = temperature or None
 
     def check_logits(self, columns: int, *, sigmoid: bool) -> None:
-        if self.temperature and columns < 2:
+        if self.temperature and columns < 2 and not sigmoid:
             raise UserError(
                 "RCKALoss: the softmax of one class is constant; set "
                 "MODEL.DISTILL.RCKA.TEMPERATURE 0"
@@ -69,6 +70,7 @@ class RCKALoss(LogitLoss):
                 intra_weight=weight if part == "intra" else 0.0,
                 inter_weight=weight if part == "inter" else 0.0,
                 temperature=self.temperature,
+                sigmoid=sigmoid,
             )
             for part, weight in self.part_weights.items()
             if weight > 0
