@@ -2,7 +2,7 @@
 """Distil a detector that neither Detectron2 nor pcka_distill knows: write its adapter.
 
 The detector is a CenterNet in miniature (Zhou et al., 2019): a heatmap of object centres, one
-channel a class, and a box for each cell. What distillation needs to know about it is the 26 lines
+channel a class, and a box for each cell. What distillation needs to know about it is the 29 lines
 of CenterNetAdapter. Run it anywhere; it trains for a few iterations on the digits set:
 
     python examples/own_detector.py
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.structures import ImageList
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -74,6 +75,9 @@ class CenterNetAdapter(Adapter):
     def num_classes(self, model):
         return model.num_classes
 
+    def is_sigmoid(self, model):
+        return True
+
     def logit_signature(self, model):
         return {"stride": model.stride}
 
@@ -98,7 +102,7 @@ def main(iterations):
     cfg = get_distill_cfg()
     cfg.merge_from_file("configs/Digits/retinanet_student.yaml")
     cfg.merge_from_list(["MODEL.META_ARCHITECTURE", "CenterNet", "SOLVER.IMS_PER_BATCH", 4])
-    torch.manual_seed(0)
+    seed_all_rng(0)
     # A real teacher is bigger, and trained.
     student, teacher = META_ARCH_REGISTRY.get("CenterNet")(cfg), CenterNet(cfg)
     model = DistillationModel(

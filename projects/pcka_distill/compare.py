@@ -102,7 +102,7 @@ class Plan:
 def _make(kind: type[T], content: Any, where: str) -> T:
     if not isinstance(content, dict):
         raise UserError(f"{where} must be a mapping of keys to values")
-    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     for key in content:
         if key not in known:
             raise UserError(f"{where} has an unknown key {key!r}; known are {', '.join(known)}")
@@ -409,6 +409,8 @@ def _spread(values: Sequence[float]) -> str:
 def _difference(mine: Sequence[float], theirs: Sequence[float]) -> str:
     """Mean of paired differences and the p-value of a paired t-test."""
     differences = [a - b for a, b in zip(mine, theirs)]
+    if any(math.isnan(x) for x in differences):
+        return ""
     text = f"{statistics.mean(differences):+.1f}"
     if len(differences) < 2 or statistics.stdev(differences) == 0:
         return text

@@ -213,7 +213,7 @@ def _dissimilarity(
     form: str = "cka",
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Of the CKA of a student's x (G, N, P) and its teacher's y: the mean over G, weighted or not."""
+    """The loss of a student's x (G, N, P) and its teacher's y: a mean over G, weighted or not."""
     cka, teachable = _cka(x, y, center, debiased)
     loss = torch.where(teachable, dissimilarity(cka, form), torch.zeros_like(cka))
     return (loss if weights is None else loss * weights).mean()

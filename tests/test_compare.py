@@ -1,0 +1,271 @@
+"""A comparison is fair, goes on where it stopped, and its page says what its results say."""
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+
+import pytest
+import yaml
+from helpers import REPO
+from scipy.stats import ttest_rel
+
+from pcka_distill import compare as module
+from pcka_distill.bench import Diverged
+from pcka_distill.compare import Comparison, compare, read_plan, write_page
+from pcka_distill.errors import UserError
+
+PLAN = """
+title: A comparison
+choose_on: val
+report_on: test
+tune_seeds: [100, 101]
+tasks:
+  short: {config: c.yaml, teacher: t.yaml, opts: {SOLVER.MAX_ITER: 10}}
+  long: {base: short, opts: {SOLVER.MAX_ITER: 30}}
+methods:
+  plain: {title: student alone}
+  a: {losses: [ALoss], tune: [{A.WEIGHT: 1.0}, {A.WEIGHT: 3.0}]}
+  b: {losses: [BLoss], opts: {B.KIND: x}}
+  ab: {combine: [a, b], title: A and B}
+sections:
+  - {title: One, task: short, methods: [plain, a, b, ab], reference: a, seeds: 3, plot: bars}
+  - {title: Two, task: long, methods: [plain, a], seeds: 2, plot: iterations}
+"""
+
+
+@pytest.fixture
+def plan(tmp_path):
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    return tmp_path / "plan.yaml"
+
+
+class World:
+    """In place of training: an AP that depends on the overrides and the seed, and a record."""
+
+    def __init__(self):
+        self.ran = []
+        self.fail = None
+
+    def run(self, config, folder, opts=(), *, label, teacher=None, threads=None):
+        opts = dict(zip(opts[::2], opts[1::2]))
+        self.ran.append((config, opts, teacher))
+        assert threads == 1
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.fail and self.fail(opts):
+            raise Diverged("loss is NaN")
+        losses = opts.get("MODEL.DISTILL.LOSSES", [])
+        seed = opts.get("SEED", 0)
+        ap = 30 + seed % 100 * (1 + len(losses)) + opts.get("SOLVER.MAX_ITER", 0) / 10
+        if "ALoss" in losses:
+            # Better on val with the small weight, on test with the large one.
+            small = opts["MODEL.DISTILL.A.WEIGHT"] == 1.0
+            val, ap = ap + (6 if small else 4), ap + (1 if small else 20)
+        else:
+            val = ap
+        if "BLoss" in losses:
+            ap += 2.5 - 0.1 * seed
+        points = (ap - 5, ap)
+        with open(folder / "metrics.json", "w") as f:
+            for i, x in enumerate(points):
+                f.write(json.dumps({"iteration": 5 * i + 4, "loss": 1.0}) + "\n")
+                f.write(json.dumps({"iteration": 5 * i + 4, "test/bbox/AP": x}) + "\n")
+        boxes = {
+            k: {"bbox": {"AP": v, "AP50": v + 10, "AP75": v + 5}}
+            for k, v in (("val", val), ("test", ap))
+        }
+        return {"results": boxes, "train_seconds": 1.23, "parameters": 5}
+
+
+@pytest.fixture
+def world(monkeypatch):
+    world = World()
+    monkeypatch.setattr(module, "run", world.run)
+    return world
+
+
+def comparison(plan, **changes):
+    content = read_plan(plan)
+    for key, value in changes.items():
+        setattr(content, key, value)
+    return Comparison(content, plan.with_name("results.jsonl"))
+
+
+def make(plan, runs="runs", **changes):
+    made = comparison(plan, **changes)
+    compare(made, made.plan.sections, plan.parent / runs, 2)
+    return made
+
+
+def test_what_is_run(plan, world):
+    """Nothing but what the sections need, each once, the same seeds for all."""
+    make(plan)
+    teacher, *rest = world.ran
+    assert teacher == ("t.yaml", {}, None)
+    assert all(x[2].parts[-2:] == ("t", "model_final.pth") for x in rest)
+    keys = [json.dumps(x[1], sort_keys=True) for x in rest]
+    assert len(set(keys)) == len(keys)
+
+    def seeds(iterations, **setting):
+        return sorted(
+            o["SEED"]
+            for _, o, _ in rest
+            if o["SOLVER.MAX_ITER"] == iterations
+            and all(o.get(f"MODEL.DISTILL.{k}") == v for k, v in setting.items())
+            and ("MODEL.DISTILL.A.WEIGHT" in o) == ("A.WEIGHT" in setting)
+        )
+
+    plain, a, b = {"PCKA.WEIGHT": 0.0}, {"LOSSES": ["ALoss"]}, {"B.KIND": "x"}
+    assert seeds(10, **plain, LOSSES=["PCKALoss"]) == [0, 1, 2]
+    assert seeds(10, **b) == [0, 1, 2]
+    # The weight is chosen on val, on seeds of its own, whatever it does on test.
+    assert seeds(10, **a, **{"A.WEIGHT": 1.0}) == [0, 1, 2, 100, 101]
+    assert seeds(10, **a, **{"A.WEIGHT": 3.0}) == [100, 101]
+    # Both with the weights that each was given alone.
+    assert seeds(10, LOSSES=["ALoss", "BLoss"], **b, **{"A.WEIGHT": 1.0}) == [0, 1, 2]
+    # The longer task takes the settings of the shorter one.
+    assert seeds(30, **plain) == [0, 1] and seeds(30, **a, **{"A.WEIGHT": 1.0}) == [0, 1]
+    assert len(rest) == 3 + 3 + 7 + 3 + 2 + 2
+
+
+def test_what_is_there_is_not_run_again(plan, world):
+    make(plan)
+    lines = plan.with_name("results.jsonl").read_text()
+    world.ran.clear()
+    make(plan, "elsewhere")
+    assert not world.ran and plan.with_name("results.jsonl").read_text() == lines
+    # One more seed: only that one, and the teacher, whose checkpoint is elsewhere.
+    more = comparison(plan)
+    more.plan.sections[0].seeds = 4
+    compare(more, more.plan.sections, plan.parent / "runs", 2)
+    assert {o.get("SEED") for _, o, _ in world.ran} == {None, 3} and len(world.ran) == 5
+
+
+def test_an_interrupted_comparison_goes_on(plan, world):
+    def stop(opts):
+        if len(world.ran) == 6:
+            raise KeyboardInterrupt
+        return False
+
+    world.fail = stop
+    with pytest.raises(KeyboardInterrupt):
+        make(plan)
+    kept = len(comparison(plan).rows)
+    assert 0 < kept < 20
+    world.fail, before = None, len(world.ran)
+    done = make(plan, "again")
+    assert len(done.rows) == 20
+    assert len(world.ran) - before == 20 - kept + 1
+
+
+def row(page, title, method):
+    section = page.split(f"## {title}\n")[1].split("\n## ")[0]
+    line = re.search(rf"^\| {re.escape(method)} \|.*$", section, re.M)[0]
+    head = re.search(r"^\| method .*$", section, re.M)[0]
+    return dict(zip(*([x.strip() for x in y.strip("|").split("|")] for y in (head, line))))
+
+
+def test_the_page(plan, world):
+    page = write_page(make(plan), plan.with_suffix(".md"))
+    aps = {
+        "student alone": [31.0 + 2 * s for s in range(3)],
+        "a": [32.0 + 2 * s for s in range(3)],
+        "b": [33.5 + 1.9 * s for s in range(3)],
+    }
+    for method, values in aps.items():
+        cells = row(page, "One", method)
+        mean, deviation = statistics.mean(values), statistics.stdev(values)
+        assert cells["AP"] == f"{mean:.1f} ± {deviation:.1f}"
+        assert cells["AP50"] == f"{mean + 10:.1f} ± {deviation:.1f}"
+    # By hand: 2.5, 2.4 and 2.3 more than alone; 1.5, 1.4 and 1.3 more than a.
+    p = ttest_rel(aps["b"], aps["a"]).pvalue
+    assert row(page, "One", "b")["over the student alone"].startswith("+2.4 (p 0.00")
+    assert row(page, "One", "b")["over a"] == f"+1.4 (p {p:.3f})"
+    assert row(page, "One", "a")["over a"] == row(page, "One", "a")["chosen on val"][:0]
+    assert row(page, "One", "A and B")["chosen on val"] == "A.WEIGHT 1.0"
+    assert row(page, "Two", "a")["AP"] == "35.0 ± 1.4"
+    assert "over a" not in row(page, "Two", "a")
+    assert "| t.yaml | 30.0 | 30.0 |" in page and "20 runs: torch " in page
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", page):
+        assert (plan.parent / name).stat().st_size > 5000
+    # Made again of the results alone.
+    assert write_page(comparison(plan), plan.parent / "other.md") == page.replace(
+        "(plan_", "(other_"
+    )
+
+
+def test_runs_that_are_not_made_yet_are_told(plan, world):
+    world.fail = lambda opts: "ALoss" in opts.get("MODEL.DISTILL.LOSSES", [])
+    done = make(plan, sections=read_plan(plan).sections[:1])
+    page = write_page(done, plan.with_suffix(".md"))
+    assert row(page, "One", "a")["AP"] == "3 of 3 diverged"
+    assert row(page, "One", "b")["over a"] == ""
+    page = write_page(comparison(plan), plan.with_suffix(".md"))
+    assert row(page, "Two", "student alone")["AP"] == "0 of 2 runs made"
+
+
+def test_a_weight_that_diverges_is_not_chosen(plan, world):
+    world.fail = lambda opts: opts.get("MODEL.DISTILL.A.WEIGHT") == 1.0
+    page = write_page(make(plan), plan.with_suffix(".md"))
+    assert row(page, "One", "a")["chosen on val"] == "A.WEIGHT 3.0"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("title: A comparison", "titel: A", "unknown key 'titel'; known are title, choose_on"),
+        ("losses: [BLoss]", "loss: [BLoss]", "method 'b' has an unknown key 'loss'"),
+        ("combine: [a, b]", "combine: [a, c]", "method 'ab' names 'c', which"),
+        ("task: long", "task: wide", "section 'Two' names 'wide'"),
+        ("reference: a", "reference: z", "section 'One' names 'z'"),
+        ("base: short", "base: tall", "task 'long' names 'tall'"),
+        ("title: Two, ", "", "section 2: .*title"),
+        ("tasks:", "tasks: [", "cannot be read"),
+    ],
+)
+def test_plans_that_cannot_be_used(plan, old, new, message):
+    plan.write_text(PLAN.replace(old, new))
+    with pytest.raises(UserError, match=message):
+        read_plan(plan)
+    with pytest.raises(UserError, match=r"none\.yaml cannot be read"):
+        read_plan(plan.with_name("none.yaml"))
+
+
+def test_of_real_runs(tmp_path):
+    """A teacher, a student alone and a distilled one, of two iterations each."""
+    short = {
+        "SOLVER": {"MAX_ITER": 2, "IMS_PER_BATCH": 2},
+        "DATASETS": {"TEST": ["digits_test"]},
+    }
+    for name, config in (("teacher", "retinanet_student"), ("distilled", "retinanet_pcka")):
+        content = {"_BASE_": str(REPO / "configs" / "Digits" / f"{config}.yaml"), **short}
+        if name == "distilled":
+            content["MODEL"] = {"DISTILL": {"TEACHER": {"CONFIG_FILE": "teacher.yaml"}}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    plan = {
+        "title": "Real",
+        "choose_on": "digits_test",
+        "report_on": "digits_test",
+        "cache": True,
+        "tasks": {
+            "tiny": {
+                "config": str(tmp_path / "distilled.yaml"),
+                "teacher": str(tmp_path / "teacher.yaml"),
+            }
+        },
+        "methods": {"plain": {}, "pkd": {"losses": ["PKDLoss"]}},
+        "sections": [{"title": "Tiny", "task": "tiny", "methods": ["plain", "pkd"], "seeds": 1}],
+    }
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    command = [sys.executable, str(REPO / "tools" / "compare.py"), str(tmp_path / "plan.yaml")]
+    command += ["--runs", str(tmp_path / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(x) for x in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [r.get("teacher") for r in rows] == [str(tmp_path / "teacher.yaml"), None, None]
+    assert all(0 <= r["metrics"]["digits_test"]["AP"] <= 100 for r in rows)
+    assert "## Tiny" in done.stdout and (tmp_path / "plan.md").read_text() in done.stdout
+    assert list((tmp_path / "runs" / "cache").glob("*/*/*.pt"))
+    again = subprocess.run([*command, "--dry-run"], capture_output=True, text=True)
+    assert again.stdout.startswith("0 runs")
