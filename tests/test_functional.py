@@ -237,6 +237,31 @@ def test_pcka_of_other_channels_equals_the_definition(layout):
     assert torch.autograd.gradcheck(lambda x: pcka_loss(x, t, patch_size=4, layout=layout), s)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("center", [True, False])
+def test_the_signed_form_equals_the_definition(layout, center):
+    s, t = rand(2, 3, 8, 12).double() + 1, rand(2, 3, 8, 12, seed=1).double() + 1
+    s.requires_grad_()
+
+    def cosine(x, y, axis):
+        x, y = (z - center * z.mean(axis, keepdims=True) for z in (x, y))
+        return (x * y).sum() / (np.linalg.norm(x) * np.linalg.norm(y))
+
+    options = {"patch_size": 4, "layout": layout, "center": center, "form": "signed"}
+    options |= {"intra_weight": 2.0, "inter_weight": 3.0}
+    pairs = list(zip(*(np_patches(z.detach().numpy(), 4, layout) for z in (s, t))))
+    expected = np.mean([5 - 2 * cosine(x, y, 0) - 3 * cosine(x, y, 1) for x, y in pairs])
+    assert pcka_loss(s, t, **options).item() == pytest.approx(expected)
+    assert torch.autograd.gradcheck(lambda x: pcka_loss(x, t, **options), s)
+    assert pcka_loss(s, -s.detach(), **options).item() == pytest.approx(10)
+
+
+def test_pkd_is_a_signed_pcka():
+    s, t = rand(2, 3, 8, 12).double(), rand(2, 3, 8, 12, seed=1).double()
+    loss = pcka_loss(s, t, patch_size=1, layout="sample", form="signed")
+    torch.testing.assert_close(loss, baselines.pkd_loss(s, t))
+
+
 @pytest.mark.parametrize(
     ("form", "oracle"), [("sqrt", lambda c: 1 - np.sqrt(c)), ("log", lambda c: -np.log(c))]
 )
@@ -378,8 +403,10 @@ def test_pcka_rejects_what_it_cannot_compare():
         pcka_loss(x, rand(1, 3, 4, 4))
     with pytest.raises(ValueError, match="unknown layout 'diagonal'"):
         pcka_loss(x, x, layout="diagonal")
-    with pytest.raises(ValueError, match="unknown form 'square', expected one of cka, sqrt, log"):
+    with pytest.raises(ValueError, match="unknown form 'square', expected one of cka, sqrt, l"):
         pcka_loss(x, x, form="square")
+    with pytest.raises(ValueError, match="no debiased estimator"):
+        pcka_loss(x, x, form="signed", debiased=True)
     with pytest.raises(ValueError, match="channel_weight 'variance' with layout 'batch'"):
         pcka_loss(x, x, layout="batch", channel_weight="variance")
     for layout in CHANNEL_FREE_LAYOUTS:

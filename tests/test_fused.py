@@ -1,5 +1,7 @@
 """The fused PCKA: equal to the plain form, and no more work than it promises."""
 
+import math
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -179,7 +181,8 @@ def test_no_weights_no_loss():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_rounding_errors_of_a_constant_map_are_no_variation(layout, weights, side):
+@pytest.mark.parametrize("form", FORMS)
+def test_rounding_errors_of_a_constant_map_are_no_variation(layout, weights, side, form):
     """The mean of 15 patches of 0.1 is not quite 0.1."""
     shape, (intra, inter) = (3, 3, 12, 20), weights
     maps = {"student": rand(*shape), "teacher": rand(*shape, seed=1)}
@@ -189,11 +192,13 @@ def test_rounding_errors_of_a_constant_map_are_no_variation(layout, weights, sid
     student = maps["student"].clone().requires_grad_()
     loss = pcka_loss(
         student, maps["teacher"], patch_size=4, layout=layout,
-        intra_weight=intra, inter_weight=inter,
+        intra_weight=intra, inter_weight=inter, form=form,
     )  # fmt: skip
     loss.backward()
     # A constant teacher teaches nothing, a constant student is as wrong as can be.
-    assert loss.item() == pytest.approx(0.0 if side == "teacher" else intra + inter)
+    worst = {"log": 1 - math.log(1e-4), "sqrt": 1 - math.sqrt(1e-4) / 2}.get(form, 1.0)
+    expected = 0.0 if side == "teacher" else worst * (intra + inter)
+    assert loss.item() == pytest.approx(expected)
     assert (student.grad == 0).all()
 
 
@@ -213,9 +218,10 @@ def test_rounding_errors_of_one_relation_are_no_variation(layout, side):
 @pytest.mark.parametrize("magnitude", [1e-15, 1e-12, 1e-8, 1e6, 1e9, 1e15])
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("center", [True, False])
-def test_the_magnitude_does_not_matter(magnitude, side, center):
+@pytest.mark.parametrize("form", FORMS)
+def test_the_magnitude_does_not_matter(magnitude, side, center, form):
     maps = {"student": rand(2, 3, 16, 24), "teacher": rand(2, 3, 16, 24, seed=1)}
-    options = {"patch_size": 8, "center": center, "inter_weight": 1.0}
+    options = {"patch_size": 8, "center": center, "inter_weight": 1.0, "form": form}
     expected = pcka_loss(x := maps["student"].clone().requires_grad_(), maps["teacher"], **options)
     expected.backward()
     maps[side] = maps[side] * magnitude
@@ -236,12 +242,13 @@ def test_a_teacher_in_inference_mode():
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_what_is_not_a_number_stays_visible(side):
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_not_a_number_stays_visible(side, form):
     maps = [rand(2, 3, 8, 8).clone(), rand(2, 3, 8, 8, seed=1).clone()]
     maps[side][0, 0, 0, 0] = float("nan")
     for weights in WEIGHTS:
         names = ("intra_weight", "inter_weight")
-        assert pcka_loss(*maps, patch_size=4, **dict(zip(names, weights))).isnan()
+        assert pcka_loss(*maps, patch_size=4, form=form, **dict(zip(names, weights))).isnan()
 
 
 # ---- what it costs, in operations: no seconds ------------------------------------------------

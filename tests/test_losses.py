@@ -362,7 +362,8 @@ def test_every_loss_can_be_built_from_its_defaults(name):
         (lambda: RCKALoss(topk_per_image=-1), "RCKALoss: TOPK_PER_IMAGE must not be negative"),
         (lambda: KDLoss(topk_per_image=-1), "KDLoss: TOPK_PER_IMAGE must not be negative"),
         (lambda: RCKALoss(temperature=-1.0), "TEMPERATURE must not be negative"),
-        (lambda: PCKALoss(form="x"), "unknown form 'x', expected cka, sqrt, log"),
+        (lambda: PCKALoss(form="x"), "unknown form 'x', expected cka, sqrt, log, signed"),
+        (lambda: PCKALoss(form="signed", debiased=True), "signed form has no estimator"),
         (lambda: PCKALoss(channel_weight="x"), "unknown channel weight 'x', expected equal, var"),
         (
             lambda: PCKALoss(channel_weight="variance", layout="batch"),

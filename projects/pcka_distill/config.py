@@ -78,7 +78,8 @@ def add_pcka_distill_config(cfg: CN) -> None:
     node.PATCH_SIZE = (16,)
     # What is a sample: "spatial" (the paper's), "sample", "per_image", "per_position" or "batch".
     node.LAYOUT = "spatial"
-    # The loss of a CKA: "cka" (the paper's 1 - CKA), "sqrt" (1 - its root) or "log" (- its log).
+    # The loss of a CKA: "cka" (the paper's 1 - CKA), "sqrt" (1 - its root) or "log" (- its log);
+    # "signed" compares the samples themselves, up to offset and scale.
     node.FORM = "cka"
     # Where every channel is a CKA (spatial, sample): "equal", or by the teacher's "variance".
     node.CHANNEL_WEIGHT = "equal"

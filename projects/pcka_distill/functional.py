@@ -168,6 +168,16 @@ def _cka(x: Tensor, y: Tensor, center: bool, debiased: bool) -> tuple[Tensor, Te
     return torch.where(varies, kl / (kk.sqrt() * ll.sqrt()), torch.zeros_like(kl)), y_varies
 
 
+def _similarity(x: Tensor, y: Tensor, center: bool) -> tuple[Tensor, Tensor]:
+    """<X, Y> / (|X| |Y|) of x and y (..., N, P), and where y varies; both (...,)."""
+    x, x_varies = _standardize(x, center)
+    y, y_varies = _standardize(y, center)
+    varies = x_varies & y_varies
+    squares = _square_sum(x) * _square_sum(y)
+    similarity = (x * y).sum((-2, -1)) / torch.where(varies, squares, 1).sqrt()
+    return torch.where(varies, similarity, torch.zeros_like(similarity)), y_varies
+
+
 def linear_cka(x: Tensor, y: Tensor, *, center: bool = True, debiased: bool = False) -> Tensor:
     r"""Centered kernel alignment with linear kernels.
 
@@ -214,7 +224,10 @@ def _dissimilarity(
     weights: Tensor | None = None,
 ) -> Tensor:
     """The loss of a student's x (G, N, P) and its teacher's y: a mean over G, weighted or not."""
-    cka, teachable = _cka(x, y, center, debiased)
+    if form == "signed":
+        cka, teachable = _similarity(x, y, center)
+    else:
+        cka, teachable = _cka(x, y, center, debiased)
     loss = torch.where(teachable, dissimilarity(cka, form), torch.zeros_like(cka))
     return (loss if weights is None else loss * weights).mean()
 
@@ -390,7 +403,8 @@ def pcka_loss(
 
     Args:
         student: (B, C, H, W).
-        teacher: (B, C, H, W); (B, C', H, W) in :data:`CHANNEL_FREE_LAYOUTS` where beta is 0.
+        teacher: (B, C, H, W); (B, C', H, W) in :data:`CHANNEL_FREE_LAYOUTS` where
+            beta is 0 and Grams are compared.
         patch_size: p, in cells of the map. Sides are raised to its next multiple.
         layout: one of :data:`LAYOUTS`.
         center: centre the Grams. ``False`` is the form of the paper's published code, which
@@ -401,6 +415,9 @@ def pcka_loss(
         form: "cka" as above; "sqrt" has the root of each CKA in its place, "log" minus its
             logarithm in that of 1 - CKA. The gradient of a CKA vanishes where nothing is related
             yet (of one-dimensional samples it is a squared correlation); theirs does not.
+            "signed" has <X, Y> / (|X| |Y|) of the centred X and Y in place of the CKA: what a Gram
+            does not see, a sign or a rotation of the samples, is then a difference. With p = 1 and
+            layout sample it is a correlation, the loss of PKD.
         channel_weight: where every channel is a CKA, "equal" or in proportion to the "variance" of
             the teacher's channel.
 
@@ -428,7 +445,9 @@ def pcka_loss(
             f"channel_weight {channel_weight!r} with layout {layout!r}: expected "
             f"{' or '.join(CHANNEL_WEIGHTS)}, with one of {', '.join(CHANNEL_LAYOUTS)}"
         )
-    channel_free = layout in CHANNEL_FREE_LAYOUTS and not inter_weight
+    if form == "signed" and debiased:
+        raise ValueError("the signed form has no debiased estimator")
+    channel_free = layout in CHANNEL_FREE_LAYOUTS and not inter_weight and form != "signed"
     alike = student.shape == teacher.shape
     shapes = [x.shape[:1] + x.shape[2:] for x in (student, teacher)]
     if student.dim() != 4 or not (alike or (channel_free and shapes[0] == shapes[1])):

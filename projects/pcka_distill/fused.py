@@ -32,14 +32,17 @@ from torch import Tensor
 __all__ = ["FORMS", "Resize", "dissimilarity", "dissimilarity_", "padded"]
 
 #: what a loss makes of a CKA
-FORMS = ("cka", "sqrt", "log")
+FORMS = ("cka", "sqrt", "log", "signed")
 # Below it the steep forms go on as straight lines, so that no slope is infinite.
 _FLOOR = 1e-4
 
 
 def dissimilarity(cka: Tensor, form: str) -> Tensor:
-    """1 - CKA, 1 - its square root, or minus its logarithm: the loss that a CKA is."""
-    if form == "cka":
+    """1 - CKA, 1 - its square root, or minus its logarithm: the loss that a CKA is.
+
+    Of the signed form, which compares no Grams, 1 - its similarity.
+    """
+    if form in ("cka", "signed"):
         return 1 - cka
     safe = cka.clamp(min=_FLOOR)
     below = (safe - cka) / _FLOOR
@@ -127,6 +130,45 @@ class Resize:
         return self._small.permute(1, 2, 0, 3)
 
 
+def _signed_(
+    z: Tensor,
+    n: int,
+    grad: Tensor | None,
+    *,
+    center: bool,
+    parts: tuple[tuple[float | Tensor, int], ...],
+) -> Tensor:
+    """weight * (1 - <X, Y> / (|X| |Y|)), X and Y centred over a dimension, summed over the parts.
+
+    Args:
+        z, n, grad: see :func:`dissimilarity_`.
+        center: likewise.
+        parts: (weight, dimension to centre over), those of no weight left out.
+    """
+    info = torch.finfo(z.dtype)
+    loss = z.new_zeros(())
+    made = []
+    for weight, dim in parts:
+        x = z[:, :, :n]
+        lost = x.new_zeros(())
+        if center:
+            mean = x.mean(dim, keepdim=True)
+            x = x - mean
+            lost = x.shape[dim] * mean.square().sum((-2, -1), keepdim=True)
+        square = x.square().sum((-2, -1), keepdim=True)
+        # As in _relation.
+        varies = ~(square <= ((16 * info.eps) ** 2 * (square + lost)).clamp(min=info.tiny))
+        inverse = torch.where(varies, square, 1).rsqrt() * varies
+        x = x * inverse
+        similarity = (x[0] * x[1]).sum((-2, -1), keepdim=True)
+        loss += (weight * torch.where(varies[1], 1 - similarity, 0)).sum()
+        if grad is not None:
+            made.append((x[0] * similarity - x[1]) * (weight * inverse[0]))
+    if grad is not None:
+        grad.copy_(sum(made[1:], made[0]))
+    return loss
+
+
 def _relation(
     grams: Tensor, m: Tensor | None, lost: Tensor, weight: float | Tensor, form: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,6 +242,11 @@ def dissimilarity_(
     whole = z
     z = whole[:, :, :n]
     _, g, _, p = z.shape
+    pairs = 1.0 if weights is None else weights
+    if form == "signed":
+        wanted = ((intra_weight, -2), (inter_weight, -1))
+        parts = tuple((weight * pairs, dim) for weight, dim in wanted if weight)
+        return _signed_(whole, n, grad, center=center, parts=parts)
     columns = rows = None
     lost = z.new_zeros(2, g, 1, 1)
     if center and intra_weight:
@@ -230,7 +277,6 @@ def dissimilarity_(
         inter = (inter + half).add_(half.mT)
         m.add_(x_cy + cc[:, :1, 1:]).add_(y_cx.mT)
 
-    pairs = 1.0 if weights is None else weights
     loss = z.new_zeros(())
     of_x = of_y = None
     lacking = []

@@ -83,7 +83,9 @@ class PCKALoss(FeatureLoss):
                 "CHANNEL_WEIGHT equal"
             )
         check_relation_weights(self, intra_weight, inter_weight)
-        if layout in CHANNEL_FREE_LAYOUTS and not inter_weight:
+        if form == "signed" and debiased:
+            raise UserError("PCKALoss: the signed form has no estimator; set DEBIASED False")
+        if layout in CHANNEL_FREE_LAYOUTS and not inter_weight and form != "signed":
             self.project = None
         self._patch_sizes = sizes
         self._warned: set[str] = set()
