@@ -129,6 +129,22 @@ def test_what_is_run(plan, world):
     assert len(rest) == 3 + 3 + 7 + 3 + 2 + 2
 
 
+def test_a_task_may_choose_for_itself(plan, world):
+    """For one method; what is not tuned there, or not at all, is as on its base."""
+    tasks = read_plan(plan).tasks
+    tasks["long"].tune = ["a"]
+    done = make(plan, tasks=tasks)
+    seeds = {
+        o["SEED"]
+        for _, o, _ in world.ran
+        if o.get("SOLVER.MAX_ITER") == 30 and o.get("MODEL.DISTILL.A.WEIGHT") == 3.0
+    }
+    assert seeds == {100, 101}
+    assert done.setting("long", "ab") == {"LOSSES": ["ALoss", "BLoss"], "A.WEIGHT": 1.0} | {
+        "B.KIND": "x"
+    }
+
+
 def test_what_is_there_is_not_run_again(plan, world):
     make(plan)
     lines = plan.with_name("results.jsonl").read_text()

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -155,3 +156,12 @@ def test_splits_are_registered(split):
     assert len(records) == 300
     content = json.loads(Path(MetadataCatalog.get(f"digits_{split}").json_file).read_text())
     assert [c["name"] for c in content["categories"]] == module.CLASSES
+
+
+def test_a_tenth_of_the_labels(digits):
+    tenth = DatasetCatalog.get("digits_train_10")
+    assert len(tenth) == 150
+    assert [x["file_name"] for x in tenth] == [x["file_name"] for x in digits[:150]]
+    # All ten classes are there, and none is rare.
+    counts = Counter(a["category_id"] for x in tenth for a in x["annotations"])
+    assert len(counts) == 10 and min(counts.values()) > 30

@@ -49,6 +49,8 @@ class Task:
     opts: Opts = field(default_factory=dict)
     #: another task: what is not said here is as there, settings included
     base: str = ""
+    #: methods whose settings are chosen on this task all the same
+    tune: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -134,6 +136,8 @@ def read_plan(path: Path) -> Plan:
     for name, task in plan.tasks.items():
         if task.base:
             known(task.base, plan.tasks, f"task {name!r}")
+        for method_name in task.tune:
+            known(method_name, plan.methods, f"task {name!r}")
     for name, method in plan.methods.items():
         for other in method.combine:
             known(other, plan.methods, f"method {name!r}")
@@ -212,9 +216,12 @@ class Comparison:
             task.config or base.config, task.teacher or base.teacher, {**base.opts, **task.opts}
         )
 
-    def _tuned_on(self, task: str) -> str:
-        base = self.plan.tasks[task].base
-        return self._tuned_on(base) if base else task
+    def _tuned_on(self, name: str, method: str) -> str:
+        """The task on which the settings of a method are chosen."""
+        task = self.plan.tasks[name]
+        if not task.base or method in task.tune or not self.plan.methods[method].tune:
+            return name
+        return self._tuned_on(task.base, method)
 
     def _candidates(self, task: str, name: str) -> list[Opts] | None:
         """The settings of a method that are tried on a task; None if others must be known first."""
@@ -234,7 +241,7 @@ class Comparison:
 
     def setting(self, task: str, name: str) -> Opts | None:
         """The setting of a method that a task uses; None if it is not known yet."""
-        task = self._tuned_on(task)
+        task = self._tuned_on(task, name)
         candidates = self._candidates(task, name)
         if candidates is None:
             return None
@@ -268,9 +275,9 @@ class Comparison:
         if setting is not None:
             wanted = self._jobs(section.task, setting, range(section.seeds))
         else:
-            tuned = self._tuned_on(section.task)
             wanted = []
             for other in self._parts(name):
+                tuned = self._tuned_on(section.task, other)
                 if self.setting(tuned, other) is None:
                     for opts in self._candidates(tuned, other) or []:
                         wanted += self._jobs(tuned, opts, self.plan.tune_seeds)

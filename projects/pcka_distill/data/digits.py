@@ -6,8 +6,9 @@ It is a real detection task, with ten classes, a fourfold range of scales and cl
 small detector learns in minutes on a laptop's CPU.
 
 ``digits_train`` (1500 images), ``digits_val`` (300) and ``digits_test`` (300) are Detectron2
-datasets in COCO format with boxes and masks. A digit appears in one split only. They are rendered
-when they are first read, into ``$DETECTRON2_DATASETS/pcka_digits`` (default
+datasets in COCO format with boxes and masks. A digit appears in one split only. The first tenth of
+the training images is ``digits_train_10``, for what few labels are worth. They are rendered when
+they are first read, into ``$DETECTRON2_DATASETS/pcka_digits`` (default
 ``./datasets/pcka_digits``).
 """
 
@@ -95,16 +96,16 @@ def ensure_digits(root: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def _load(split: str, name: str, root: str) -> list[dict[str, Any]]:
+def _load(split: str, name: str, root: str, count: int | None) -> list[dict[str, Any]]:
     folder = ensure_digits(root)
     records: list[dict[str, Any]] = load_coco_json(
         str(folder / f"{split}.json"), str(folder / split), name
     )
-    return records
+    return records[:count]
 
 
 def register_digits(root: str = "") -> None:
-    """Register ``digits_{train,val,test}``; nothing is rendered until one is read.
+    """Register ``digits_{train,train_10,val,test}``; nothing is rendered until one is read.
 
     Importing the package does it once, and leaves datasets of these names alone.
 
@@ -113,18 +114,21 @@ def register_digits(root: str = "") -> None:
             ``$DETECTRON2_DATASETS``, or ``datasets`` as everywhere in Detectron2.
     """
     folder = os.path.expanduser(root or os.environ.get("DETECTRON2_DATASETS", "datasets"))
-    for split in SPLITS:
-        name = f"digits_{split}"
+    tenth = SPLITS["train"][0] // 10
+    datasets = [(f"digits_{split}", split, None) for split in SPLITS]
+    for name, split, count in [*datasets, ("digits_train_10", "train", tenth)]:
         if name in DatasetCatalog:
             if not root:
                 continue
             DatasetCatalog.remove(name)
             MetadataCatalog.pop(name, None)
-        DatasetCatalog.register(name, lambda s=split, n=name: _load(s, n, folder))
+        load = functools.partial(_load, split, name, folder, count)
+        DatasetCatalog.register(name, load)
         MetadataCatalog.get(name).set(
             json_file=os.path.join(folder, FOLDER, f"{split}.json"),
             image_root=os.path.join(folder, FOLDER, split),
-            evaluator_type="coco",
+            # The json of the tenth is that of the whole, which would be what it is evaluated on.
+            evaluator_type="coco" if count is None else None,
             prepare=functools.partial(ensure_digits, folder),
             thing_classes=CLASSES,
         )
