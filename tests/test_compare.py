@@ -5,6 +5,7 @@ import re
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -219,6 +220,20 @@ def test_runs_that_are_not_made_yet_are_told(plan, world):
     assert row(page, "One", "b")["over a"] == ""
     page = write_page(comparison(plan), plan.with_suffix(".md"))
     assert row(page, "Two", "student alone")["AP"] == "0 of 2 runs made"
+
+
+def test_results_that_are_damaged(plan, world):
+    make(plan)
+    results = plan.with_name("results.jsonl")
+    results.write_text(results.read_text()[:-20])
+    with pytest.raises(UserError, match=r"results\.jsonl: line 21 is damaged; remove it"):
+        comparison(plan)
+
+
+def test_folders_tell_settings_apart():
+    settings = [json.dumps({f"A.KEY_{i}": i * k for i in range(40)}) for k in (1, 2)]
+    folders = {module.Job("task", x, 0).folder for x in settings}
+    assert len(folders) == 2 and all(len(Path(x).parts[1]) < 200 for x in folders)
 
 
 def test_a_weight_that_diverges_is_not_chosen(plan, world):

@@ -11,6 +11,7 @@ it alone.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import platform
@@ -163,7 +164,11 @@ class Job:
         """A name for its folder that says what it is."""
         words = [f"{k}={v}" for k, v in json.loads(self.setting).items()]
         name = "".join(c if c.isalnum() or c in "=.-" else "_" for c in "_".join(words))
-        return f"{self.task}/{name[:180]}/{self.seed}"
+        if len(name) > 150:
+            # File systems have a limit; what is cut off must still tell two settings apart.
+            digest = hashlib.blake2b(self.setting.encode(), digest_size=4).hexdigest()
+            name = f"{name[:140]}-{digest}"
+        return f"{self.task}/{name}/{self.seed}"
 
 
 class Comparison:
@@ -181,8 +186,11 @@ class Comparison:
         #: config -> result
         self.teachers: dict[str, Row] = {}
         if results.exists():
-            for line in results.read_text().splitlines():
-                row = json.loads(line)
+            for i, line in enumerate(results.read_text().splitlines()):
+                try:
+                    row = json.loads(line)
+                except ValueError as e:
+                    raise UserError(f"{results}: line {i + 1} is damaged; remove it") from e
                 if "teacher" in row:
                     self.teachers[row["teacher"]] = row
                 else:
@@ -419,7 +427,7 @@ def _difference(mine: Sequence[float], theirs: Sequence[float]) -> str:
     if any(math.isnan(x) for x in differences):
         return ""
     text = f"{statistics.mean(differences):+.1f}"
-    if len(differences) < 2 or statistics.stdev(differences) == 0:
+    if len(differences) < 2 or statistics.stdev(differences) < 1e-9:
         return text
     from scipy.stats import ttest_rel
 
