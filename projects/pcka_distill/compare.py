@@ -520,7 +520,8 @@ def _plot(comparison: Comparison, section: Section, path: Path) -> None:
     if curves:
         axes.set_xlabel("iteration")
         axes.set_ylabel(f"AP, {plan.report_on}")
-        axes.legend()
+        if done:
+            axes.legend()
     else:
         axes.set_yticks(range(len(done)), list(titles.values()))
         axes.invert_yaxis()
