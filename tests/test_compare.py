@@ -27,7 +27,7 @@ tasks:
   long: {base: short, opts: {SOLVER.MAX_ITER: 30}}
 methods:
   plain: {title: student alone}
-  a: {losses: [ALoss], tune: [{A.WEIGHT: 1.0}, {A.WEIGHT: 3.0}]}
+  a: {losses: [ALoss], tune: [{A.WEIGHT: 1.0}, {A.WEIGHT: 3.0, A.MORE: 1}]}
   b: {losses: [BLoss], opts: {B.KIND: x}}
   ab: {combine: [a, b], title: A and B}
 sections:
@@ -239,7 +239,7 @@ def test_folders_tell_settings_apart():
 def test_a_weight_that_diverges_is_not_chosen(plan, world):
     world.fail = lambda opts: opts.get("MODEL.DISTILL.A.WEIGHT") == 1.0
     page = write_page(make(plan), plan.with_suffix(".md"))
-    assert row(page, "One", "a")["chosen on val"] == "A.WEIGHT 3.0"
+    assert row(page, "One", "a")["chosen on val"] == "A.WEIGHT 3.0, A.MORE 1"
 
 
 @pytest.mark.parametrize(

@@ -443,7 +443,8 @@ def _setting_text(comparison: Comparison, section: Section, name: str) -> str:
         method = comparison.plan.methods[name]
         for other in method.combine:
             add(other)
-        for key in dict.fromkeys(k for opts in method.tune for k in opts):
+        # What is not in it was tried and not taken.
+        for key in dict.fromkeys(k for opts in method.tune for k in opts if k in setting):
             chosen[key] = setting[key]
 
     add(name)
