@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers import REPO
 from scipy.stats import ttest_rel
 
 from pcka_distill import compare as module
-from pcka_distill.bench import Diverged
+from pcka_distill.bench import Diverged, run
 from pcka_distill.compare import Comparison, compare, read_plan, write_page
 from pcka_distill.errors import UserError
 
@@ -23,7 +24,7 @@ choose_on: val
 report_on: test
 tune_seeds: [100, 101]
 tasks:
-  short: {config: c.yaml, teacher: t.yaml, opts: {SOLVER.MAX_ITER: 10}}
+  short: {config: FOLDER/c.yaml, teacher: FOLDER/t.yaml, opts: {SOLVER.MAX_ITER: 10}}
   long: {base: short, opts: {SOLVER.MAX_ITER: 30}}
 methods:
   plain: {title: student alone}
@@ -38,7 +39,9 @@ sections:
 
 @pytest.fixture
 def plan(tmp_path):
-    (tmp_path / "plan.yaml").write_text(PLAN)
+    (tmp_path / "plan.yaml").write_text(PLAN.replace("FOLDER", str(tmp_path)))
+    for name in "ct":
+        (tmp_path / f"{name}.yaml").write_text("MODEL: {DEVICE: cpu}")
     return tmp_path / "plan.yaml"
 
 
@@ -48,12 +51,18 @@ class World:
     def __init__(self):
         self.ran = []
         self.fail = None
+        self.teacher = 1.0
 
     def run(self, config, folder, opts=(), *, label, teacher=None, threads=None):
         opts = dict(zip(opts[::2], opts[1::2]))
         self.ran.append((config, opts, teacher))
-        assert threads == 1
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text("MODEL: {DEVICE: cpu}")
+        if teacher is None:
+            model = {"weight": torch.tensor([self.teacher])}
+            torch.save({"model": model}, folder / "model_final.pth")
+        else:
+            assert threads == 1
         if self.fail and self.fail(opts):
             raise Diverged("loss is NaN")
         losses = opts.get("MODEL.DISTILL.LOSSES", [])
@@ -103,7 +112,7 @@ def test_what_is_run(plan, world):
     """Nothing but what the sections need, each once, the same seeds for all."""
     make(plan)
     teacher, *rest = world.ran
-    assert teacher == ("t.yaml", {}, None)
+    assert teacher == (str(plan.parent / "t.yaml"), {}, None)
     assert all(x[2].parts[-2:] == ("t", "model_final.pth") for x in rest)
     keys = [json.dumps(x[1], sort_keys=True) for x in rest]
     assert len(set(keys)) == len(keys)
@@ -152,16 +161,16 @@ def test_what_is_there_is_not_run_again(plan, world):
     world.ran.clear()
     make(plan, "elsewhere")
     assert not world.ran and plan.with_name("results.jsonl").read_text() == lines
-    # One more seed: only that one, and the teacher, whose checkpoint is elsewhere.
+    # One more seed: only that one.
     more = comparison(plan)
     more.plan.sections[0].seeds = 4
     compare(more, more.plan.sections, plan.parent / "runs", 2)
-    assert {o.get("SEED") for _, o, _ in world.ran} == {None, 3} and len(world.ran) == 5
+    assert {o.get("SEED") for _, o, _ in world.ran} == {3} and len(world.ran) == 4
 
 
 def test_an_interrupted_comparison_goes_on(plan, world):
     def stop(opts):
-        if len(world.ran) == 6:
+        if len(world.ran) >= 6:
             raise KeyboardInterrupt
         return False
 
@@ -195,15 +204,19 @@ def test_the_page(plan, world):
         mean, deviation = statistics.mean(values), statistics.stdev(values)
         assert cells["AP"] == f"{mean:.1f} ± {deviation:.1f}"
         assert cells["AP50"] == f"{mean + 10:.1f} ± {deviation:.1f}"
-    # By hand: 2.5, 2.4 and 2.3 more than alone; 1.5, 1.4 and 1.3 more than a.
+    # By hand: 2.5, 2.4 and 2.3 more than alone; 1.5, 1.4 and 1.3 more than a, so that the standard
+    # error is 0.1 / sqrt(3), and t with two degrees of freedom is 4.303 at 95 %.
+    assert row(page, "One", "b")["over the student alone"] == "+2.4 [+2.2, +2.6]"
     p = ttest_rel(aps["b"], aps["a"]).pvalue
-    assert row(page, "One", "b")["over the student alone"].startswith("+2.4 (p 0.00")
-    assert row(page, "One", "b")["over a"] == f"+1.4 (p {p:.3f})"
-    assert row(page, "One", "a")["over a"] == row(page, "One", "a")["chosen on val"][:0]
+    assert row(page, "One", "b")["over a"] == f"+1.4 [+1.2, +1.6], p {p:.3f}"
+    assert row(page, "One", "a")["over a"] == ""
+    # A constant difference has no interval.
+    assert row(page, "One", "a")["over the student alone"] == "+1.0"
     assert row(page, "One", "A and B")["chosen on val"] == "A.WEIGHT 1.0"
     assert row(page, "Two", "a")["AP"] == "35.0 ± 1.4"
     assert "over a" not in row(page, "Two", "a")
-    assert "| t.yaml | 30.0 | 30.0 |" in page and "20 runs: torch " in page
+    assert "/t.yaml | 30.0 | 30.0 |" in page
+    assert re.search(r"^20 runs: torch \S+, Python \S+, cpu\.$", page, re.M)
     for name in re.findall(r"!\[.*?\]\((.*?)\)", page):
         assert (plan.parent / name).stat().st_size > 5000
     # Made again of the results alone.
@@ -220,6 +233,58 @@ def test_runs_that_are_not_made_yet_are_told(plan, world):
     assert row(page, "One", "b")["over a"] == ""
     page = write_page(comparison(plan), plan.with_suffix(".md"))
     assert row(page, "Two", "student alone")["AP"] == "0 of 2 runs made"
+    # Before any was made, settings included.
+    plan.with_name("results.jsonl").unlink()
+    page = write_page(comparison(plan), plan.with_suffix(".md"))
+    assert row(page, "One", "a")["AP"] == "0 of 3 runs made"
+    assert row(page, "One", "a")["chosen on val"] == ""
+
+
+def test_a_seed_that_diverged_has_no_curve(plan, world):
+    world.fail = lambda opts: opts.get("SOLVER.MAX_ITER") == 30 and opts["SEED"] == 1
+    page = write_page(make(plan), plan.with_suffix(".md"))
+    assert row(page, "Two", "a")["AP"] == "1 of 2 diverged"
+
+
+def test_a_changed_task_is_another(plan, world):
+    """Whatever it is called; and what did not change is kept."""
+    make(plan)
+    world.ran.clear()
+    tasks = read_plan(plan).tasks
+    tasks["long"].opts = {"SOLVER.MAX_ITER": 31}
+    changed = make(plan, "elsewhere", tasks=tasks)
+    assert {o.get("SOLVER.MAX_ITER") for _, o, _ in world.ran[1:]} == {31}
+    assert len(world.ran) == 1 + 4 and len(changed.rows) == 24
+    world.ran.clear()
+    (plan.parent / "c.yaml").write_text("MODEL: {DEVICE: cpu}\nSOLVER: {BASE_LR: 0.1}")
+    make(plan, "again")
+    assert len(world.ran) == 1 + 20
+
+
+def test_another_teacher_is_not_mixed_in(plan, world):
+    make(plan)
+    world.teacher = 2.0
+    sections = read_plan(plan).sections
+    sections[0].seeds = 4
+    with pytest.raises(UserError, match=r"is another teacher than that of .*bring its che"):
+        make(plan, "elsewhere", sections=sections)
+    # The same, trained again, will do.
+    world.teacher = 1.0
+    assert len(make(plan, "again", sections=sections).rows) == 24
+
+
+def test_one_that_fails_does_not_stop_the_others(plan, world, monkeypatch):
+    real = world.run
+
+    def run(config, folder, opts=(), **kwargs):
+        if "BLoss" in dict(zip(opts[::2], opts[1::2])).get("MODEL.DISTILL.LOSSES", []):
+            raise UserError("B needs what is not there")
+        return real(config, folder, opts, **kwargs)
+
+    monkeypatch.setattr(module, "run", run)
+    with pytest.raises(UserError, match="6 runs failed, the others were made; the first: B needs"):
+        make(plan)
+    assert len(comparison(plan).rows) == 14
 
 
 def test_results_that_are_damaged(plan, world):
@@ -251,6 +316,10 @@ def test_a_weight_that_diverges_is_not_chosen(plan, world):
         ("task: long", "task: wide", "section 'Two' names 'wide'"),
         ("reference: a", "reference: z", "section 'One' names 'z'"),
         ("base: short", "base: tall", "task 'long' names 'tall'"),
+        ("base: short", "base: long", "task 'long' is made of itself"),
+        ("combine: [a, b]", "combine: [ab]", "method 'ab' is made of itself"),
+        ("report_on: test", "report_on: val", "must be two datasets"),
+        ("tune_seeds: [100, 101]", "tune_seeds: [1, 9]", r"'One' reports seeds \[1\], which"),
         ("title: Two, ", "", "section 2: .*title"),
         ("tasks:", "tasks: [", "cannot be read"),
     ],
@@ -263,20 +332,36 @@ def test_plans_that_cannot_be_used(plan, old, new, message):
         read_plan(plan.with_name("none.yaml"))
 
 
+def test_a_loss_that_is_not_finite_is_known_as_such(tmp_path):
+    """By what Detectron2 says of it, on several lines, in the part of the log that is new."""
+    opts = ["SOLVER.MAX_ITER", 30, "SOLVER.WARMUP_ITERS", 0, "SOLVER.IMS_PER_BATCH", 2]
+    opts += ["DATASETS.TEST", [], "SOLVER.BASE_LR"]
+    config = "configs/Digits/retinanet_student.yaml"
+    with pytest.raises(Diverged, match=r"the run in .* failed: FloatingPointError: Loss bec"):
+        run(config, tmp_path, [*opts, 1e30], label="")
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"SOLVER\.MAX_ITER is 0") as other:
+        run(config, tmp_path, [*opts, 1e-3, "SOLVER.MAX_ITER", 0], label="again")
+    assert not isinstance(other.value, Diverged)
+
+
 def test_of_real_runs(tmp_path):
     """A teacher, a student alone and a distilled one, of two iterations each."""
     short = {
         "SOLVER": {"MAX_ITER": 2, "IMS_PER_BATCH": 2},
         "DATASETS": {"TEST": ["digits_test"]},
+        # Nothing is found, and evaluated in no time.
+        "MODEL": {"RETINANET": {"SCORE_THRESH_TEST": 0.99}},
     }
     for name, config in (("teacher", "retinanet_student"), ("distilled", "retinanet_pcka")):
         content = {"_BASE_": str(REPO / "configs" / "Digits" / f"{config}.yaml"), **short}
         if name == "distilled":
-            content["MODEL"] = {"DISTILL": {"TEACHER": {"CONFIG_FILE": "teacher.yaml"}}}
+            teacher = {"TEACHER": {"CONFIG_FILE": "teacher.yaml"}}
+            content["MODEL"] = {**content["MODEL"], "DISTILL": teacher}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
     plan = {
         "title": "Real",
-        "choose_on": "digits_test",
+        "choose_on": "digits_val",
         "report_on": "digits_test",
         "cache": True,
         "tasks": {

@@ -405,7 +405,7 @@ def test_pcka_rejects_what_it_cannot_compare():
         pcka_loss(x, x, layout="diagonal")
     with pytest.raises(ValueError, match="unknown form 'square', expected one of cka, sqrt, l"):
         pcka_loss(x, x, form="square")
-    with pytest.raises(ValueError, match="no debiased estimator"):
+    with pytest.raises(ValueError, match="a debiased CKA may be negative, which form 'signed'"):
         pcka_loss(x, x, form="signed", debiased=True)
     with pytest.raises(ValueError, match="channel_weight 'variance' with layout 'batch'"):
         pcka_loss(x, x, layout="batch", channel_weight="variance")

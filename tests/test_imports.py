@@ -36,7 +36,7 @@ ALLOWED = {
     "engine": {"errors", "config", "checkpoint", "adapters", "build", "memory", "meta_arch"},
     "bench": {"errors", "build"},
     "demo": {"bench", "build"},
-    "compare": {"errors", "bench"},
+    "compare": {"errors", "teacher", "bench"},
 }  # fmt: skip
 # What a module must not know of the outside.
 FORBIDDEN = {

@@ -4,14 +4,17 @@ import re
 
 import pytest
 import torch
+from detectron2.config import CfgNode
 
 from pcka_distill import (
     DISTILL_LOSS_REGISTRY,
     ATLoss,
     CWDLoss,
+    DistillLoss,
     DISTLoss,
     DKDLoss,
     FCKALoss,
+    FeatureLoss,
     FGDLoss,
     KDLoss,
     MGDLoss,
@@ -37,6 +40,7 @@ from pcka_distill.baselines import (
     pkd_loss,
     sp_loss,
 )
+from pcka_distill.build import build_losses
 from pcka_distill.functional import fcka_loss, pcka_loss, rcka_loss
 from pcka_distill.pairing import LevelPair
 
@@ -243,6 +247,31 @@ def test_with_inter_relations_channels_must_agree():
     assert list(loss.projections) == ["p3"]
 
 
+def test_batch_norm_of_one_cell():
+    ReviewKDLoss().check_maps({"p5": (1, 4, 1, 2)})
+    with pytest.raises(UserError, match=r"more than one cell of level 'p5'; raise SOLVER\.IMS_PER"):
+        ReviewKDLoss().check_maps({"p4": (1, 4, 2, 2), "p5": (1, 4, 1, 1)})
+
+
+def test_correlations_of_too_few_classes():
+    DISTLoss().check_logits(3, sigmoid=False)
+    DISTLoss().check_logits(2, sigmoid=True)
+    DISTLoss(inter_weight=0.0).check_logits(1, sigmoid=True)
+    for columns, sigmoid in ((2, False), (1, True)):
+        with pytest.raises(UserError, match=r"constant, and the heads have \d; set .*INTER_WEIGHT"):
+            DISTLoss().check_logits(columns, sigmoid=sigmoid)
+
+
+def test_the_signed_form_is_no_cka():
+    """Two samples on a line correlate by 1 or -1; two of several values are enough."""
+    signed = {"form": "signed", "levels": ("p3",)}
+    PCKALoss(patch_size=2, **signed).check_maps({"p3": (1, 5, 2, 4)})
+    with pytest.raises(UserError, match="has 2 samples, and the CKA of fewer than 3"):
+        PCKALoss(patch_size=1, **signed).check_maps({"p3": (1, 5, 1, 2)})
+    note = PCKALoss(patch_size=2, **signed).check_maps({"p3": (1, 5, 8, 8)})["p3"]
+    assert note == "16 patches of 4 values"
+
+
 def test_relations_of_too_few_images():
     shapes = {"p3": (2, 4, 8, 8)}
     FCKALoss(center=False).check_maps(shapes)
@@ -271,9 +300,17 @@ def test_fgd_weighs_objects_and_relates_the_whole():
     context = loss.mine["p3"]
     torch.nn.init.normal_(context.transform[-1].weight)
     x = s.features["p3"]
-    attention = context.attention(x).flatten(1).softmax(1)
-    pooled = (x.flatten(2) * attention[:, None]).sum(-1)[..., None, None]
-    torch.testing.assert_close(context(x), x + context.transform(pooled))
+    w = {k: v.detach().flatten(1) if v.dim() == 4 else v.detach() for k, v in
+         context.state_dict().items()}  # fmt: skip
+    cells = x.flatten(2)
+    attention = (w["attention.weight"] @ cells + w["attention.bias"]).softmax(-1)
+    pooled = (cells * attention).sum(-1)
+    hidden = pooled @ w["transform.0.weight"].T + w["transform.0.bias"]
+    hidden = hidden - hidden.mean(1, keepdim=True)
+    hidden = hidden / (hidden.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+    hidden = (hidden * w["transform.1.weight"].flatten() + w["transform.1.bias"].flatten()).relu()
+    added = hidden @ w["transform.3.weight"].T + w["transform.3.bias"]
+    torch.testing.assert_close(context(x), x + added[..., None, None])
     # Without it there is nothing to train.
     alone = FGDLoss(global_weight=0.0)
     alone.attach({"p3": pair("p3")})
@@ -297,7 +334,7 @@ def test_mgd_generates_from_what_is_left():
     loss(s, t)
     assert not torch.equal(seen[1][0] != 0, masked != 0)
     # A resumed run goes on with the masks.
-    state = {k: v.clone() for k, v in loss.state_dict().items()}
+    state = loss.state_dict()
     loss(s, t)
     resumed = MGDLoss(mask_ratio=0.5)
     resumed.attach({"p3": pair("p3")})
@@ -305,27 +342,64 @@ def test_mgd_generates_from_what_is_left():
     resumed.generators["p3"].register_forward_hook(lambda _, x, y: seen.append((x[0], y)))
     resumed(s, t)
     assert torch.equal(seen[-1][0], seen[-2][0])
+    # Another seed has others.
+    torch.manual_seed(torch.initial_seed() + 1)
+    resumed.load_state_dict(state)
+    resumed(s, t)
+    assert not torch.equal(seen[-1][0], seen[-2][0])
+
+
+def conv_and_norm(module, x):
+    """A convolution and the norm of a batch, by hand."""
+    weight = module[0].weight.detach()
+    x = torch.nn.functional.conv2d(x, weight, padding=weight.shape[-1] // 2)
+    x = x - x.mean((0, 2, 3), keepdim=True)
+    return x / (x.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
 
 
 def test_reviewkd_fuses_from_the_top():
-    loss = ReviewKDLoss(weight=2.0, hidden=6).eval()
+    loss = ReviewKDLoss(weight=2.0, hidden=6)
     s, t = feature_taps(0), feature_taps(1)
     fine, coarse = LevelPair("p3", "p3", 4, 4, 8, 8), LevelPair("p4", "p4", 4, 4, 16, 16)
     loss.attach({"p3": fine, "p4": coarse})
     losses = loss(s, t)
     assert list(losses) == ["loss_reviewkd_p4", "loss_reviewkd_p3"]
     top, bottom = loss.fusions["p4"], loss.fusions["p3"]
-    above = top.reduce(s.features["p4"])
-    torch.testing.assert_close(
-        losses["loss_reviewkd_p4"], 2 * hcl_loss(top.expand(above), t.features["p4"])
-    )
-    own = bottom.reduce(s.features["p3"])
+    assert [top.reduce[0].kernel_size, top.expand[0].kernel_size] == [(1, 1), (3, 3)]
+    above = conv_and_norm(top.reduce, s.features["p4"])
+    made = conv_and_norm(top.expand, above)
+    torch.testing.assert_close(losses["loss_reviewkd_p4"], 2 * hcl_loss(made, t.features["p4"]))
+    own = conv_and_norm(bottom.reduce, s.features["p3"])
     above = above.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    share = bottom.attention(torch.cat([own, above], 1)).sigmoid()
+    attention = bottom.attention
+    share = torch.einsum("oi,bihw->bohw", attention.weight[:, :, 0, 0], torch.cat([own, above], 1))
+    share = (share + attention.bias[:, None, None]).sigmoid()
     fused = own * share[:, 0:1] + above * share[:, 1:2]
-    torch.testing.assert_close(
-        losses["loss_reviewkd_p3"], 2 * hcl_loss(bottom.expand(fused), t.features["p3"])
-    )
+    made = conv_and_norm(bottom.expand, fused)
+    torch.testing.assert_close(losses["loss_reviewkd_p3"], 2 * hcl_loss(made, t.features["p3"]))
+
+
+def test_a_loss_of_another_project_needs_no_keys():
+    """Registered from anywhere: without a node of keys it has its own defaults."""
+
+    @DISTILL_LOSS_REGISTRY.register()
+    class OwnLoss(FeatureLoss):
+        def compare(self, level, student, teacher):
+            return (student - teacher).abs().mean()
+
+    @DISTILL_LOSS_REGISTRY.register()
+    class BareLoss(DistillLoss):
+        pass
+
+    try:
+        cfg = get_distill_cfg()
+        cfg.MODEL.DISTILL.OWN = CfgNode({"WEIGHT": 3.0, "LEVELS": ["p4"]})
+        cfg.MODEL.DISTILL.LOSSES = ["OwnLoss", "BareLoss"]
+        own, bare = build_losses(cfg)
+    finally:
+        for name in ("OwnLoss", "BareLoss"):
+            DISTILL_LOSS_REGISTRY._obj_map.pop(name)
+    assert (own.weight, own.levels, bare.weight) == (3.0, ("p4",), 1.0)
 
 
 def test_the_weight_falls_to_zero():
@@ -363,7 +437,10 @@ def test_every_loss_can_be_built_from_its_defaults(name):
         (lambda: KDLoss(topk_per_image=-1), "KDLoss: TOPK_PER_IMAGE must not be negative"),
         (lambda: RCKALoss(temperature=-1.0), "TEMPERATURE must not be negative"),
         (lambda: PCKALoss(form="x"), "unknown form 'x', expected cka, sqrt, log, signed"),
-        (lambda: PCKALoss(form="signed", debiased=True), "signed form has no estimator"),
+        (
+            lambda: PCKALoss(form="signed", debiased=True),
+            "a debiased CKA may be negative, and the form 'signed'",
+        ),
         (lambda: PCKALoss(channel_weight="x"), "unknown channel weight 'x', expected equal, var"),
         (
             lambda: PCKALoss(channel_weight="variance", layout="batch"),

@@ -11,12 +11,14 @@ from detectron2.config import get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, StandardROIHeads, build_model
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.solver import build_optimizer
+from detectron2.structures import RotatedBoxes
 from detectron2.utils.events import EventStorage
 from helpers import FAMILIES, LEVELS, STAGES, digits_cfg, distill_cfg, make_batch
 from torch import nn
 
 from pcka_distill import (
     DISTILL_LOSS_REGISTRY,
+    ATLoss,
     DistillationModel,
     DistillLoss,
     FGDLoss,
@@ -526,7 +528,8 @@ def test_the_plan_is_seen_wherever_detectron2s_log_is(caplog):
     logging.getLogger("detectron2").propagate = True
     with caplog.at_level(logging.INFO, "detectron2"):
         unequal(teacher_opts=["MODEL.FPN.OUT_CHANNELS", 32], smallest_batch=(2, 96, 96))
-    assert "p3 (64 channels, stride 8) <- p3 (32 channels, stride 8): 1x1 conv" in caplog.text
+    assert "p3 (64 channels, stride 8) <- p3 (32 channels, stride 8)\n" in caplog.text
+    assert "pcka on p4: 1x1 conv 64 -> 32 on the student" in caplog.text
     assert "pcka on p5: 8 patches of 4 values; CKA of unrelated maps: intra 0.33" in caplog.text
 
 
@@ -740,10 +743,33 @@ def test_labels_of_who_has_none():
     _ADAPTERS.insert(0, Bare)
     try:
         for loss, what in ((RCKALoss(foreground_only=True), "labels"), (FGDLoss(), "boxes")):
-            with pytest.raises(UserError, match=f"a loss reads {what}, and RetinaNet has none"):
+            message = f"{type(loss).__name__} reads {what}, and RetinaNet has none to read"
+            with pytest.raises(UserError, match=message):
                 DistillationModel(student=student, teacher=FrozenTeacher(student), losses=[loss])
     finally:
         _ADAPTERS.remove(Bare)
+
+
+def test_what_is_between_is_what_the_loss_put_there(caplog):
+    """Of other channels mimic has a convolution, attention none."""
+    logging.getLogger("detectron2").propagate = True
+    with caplog.at_level(logging.INFO, "detectron2"):
+        unequal(teacher_opts=["MODEL.FPN.OUT_CHANNELS", 32], losses=[MimicLoss(), ATLoss()])
+    assert "mimic on p3: 1x1 conv 64 -> 32" in caplog.text and "at on" not in caplog.text
+
+
+def test_boxes_that_are_turned_are_refused(batch):
+    model = DistillationModel(
+        student=(student := build_model(digits_cfg("retinanet"))),
+        teacher=FrozenTeacher(copy.deepcopy(student)),
+        losses=[FGDLoss()],
+    )
+    adapter = model._student_adapter
+    with model._recorder.recording() as record:
+        step(model.student, batch)
+        batch[0]["instances"].gt_boxes = RotatedBoxes(torch.zeros(2, 5))
+        with pytest.raises(UserError, match="those of the dataset have 5 numbers"):
+            adapter.collect(model.student, record, {"features", "boxes"}, batch)
 
 
 def test_dkd_is_not_for_classes_one_by_one(teacher_files):
@@ -927,6 +953,21 @@ def test_images_without_objects(family, teacher_files, empty_batch, batch):
         out = step(model, inputs)
         sum(out.values()).backward()
         assert all(torch.isfinite(v) for v in out.values())
+
+
+@pytest.mark.parametrize("family", ["retinanet", "faster_rcnn"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_every_loss_on_hard_input(family, autocast, teacher_files, empty_batch, batch):
+    """All at once: no objects, one image, and in bf16 beside the student's own autocast."""
+    names = [n for n in LOSSES + OTHERS if n != "DKDLoss" or family != "retinanet"]
+    model = build(family, teacher_files, names)
+    for inputs in (empty_batch, [empty_batch[0], batch[1]], batch[:1], batch):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = step(model, inputs)
+        assert len(out) > len(names) and all(torch.isfinite(v) for v in out.values())
+        sum(out.values()).backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("regions", [0, 1])

@@ -19,13 +19,13 @@ def test_levels_are_matched_by_stride():
     assert [(p.student, p.teacher) for p in pairs.values()] == [
         (f"p{i}",) * 2 for i in (3, 4, 5, 6)
     ]
-    assert "as they are" in describe(pairs)
+    assert describe(pairs).splitlines()[0].endswith("<- p3 (256 channels, stride 8)")
 
 
 def test_same_stride_under_other_names_and_channels():
     pairs = pair_levels(RETINA, pyramid(96, res3=8, res4=16), ["p3", "p4"])
     assert [(p.teacher, p.teacher_channels) for p in pairs.values()] == [("res3", 96), ("res4", 96)]
-    assert "1x1 conv 256 -> 96" in describe(pairs)
+    assert "p3 (256 channels, stride 8) <- res3 (96 channels, stride 8)" in describe(pairs)
 
 
 def test_same_name_wins_among_equal_strides():
@@ -36,7 +36,7 @@ def test_same_name_wins_among_equal_strides():
 def test_nearest_stride_is_resized_only_on_request():
     teacher = pyramid(256, p2=4)
     assert pair_levels(RETINA, teacher, ["p3"])["p3"].teacher_stride == 4
-    assert "resized" in describe(pair_levels(RETINA, teacher, ["p3"]))
+    assert "the teacher's resized" in describe(pair_levels(RETINA, teacher, ["p3"]))
     with pytest.raises(UserError, match="no level of the two feature pyramids matches"):
         pair_levels(RETINA, teacher)
 

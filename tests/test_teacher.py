@@ -219,7 +219,7 @@ def test_lazy_configs(name, tmp_path):
         out = model(make_batch(sizes=((96, 64), (80, 96))))
     terms = ("loss_pcka_p3", "loss_mimic_p5", "loss_rcka_intra")
     assert all(torch.isfinite(out[k]) and out[k] > 0 for k in terms)
-    assert "1x1 conv 64 -> 48 on the student" in str(model.pairs["p3"])
+    assert model.distill["pcka"].projections["p3"].weight.shape == (48, 64, 1, 1)
 
 
 def test_images_larger_than_the_square_of_a_transformer(tmp_path):

@@ -37,6 +37,9 @@ def main() -> None:
     sections = [
         s for s in plan.sections if not args.sections or any(w in s.title for w in args.sections)
     ]
+    if not sections:
+        titles = ", ".join(s.title for s in plan.sections)
+        raise UserError(f"no section has one of {args.sections} in its title; there are {titles}")
     if args.dry_run:
         print(f"{len(comparison.missing(sections))} runs are known to be missing")
         return

@@ -81,6 +81,11 @@ def _normalize(x: Tensor, dim: int | tuple[int, ...], *, center: bool = False) -
     return torch.where(varies, x / length, 0)
 
 
+def _unit_peak(x: Tensor) -> Tensor:
+    """X of a scale at which squares neither overflow nor vanish, for what does not depend on it."""
+    return x / x.detach().abs().amax().clamp(min=torch.finfo(x.dtype).tiny)
+
+
 def mimic_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error between two feature maps (FitNets, Romero et al., ICLR 2015, eq. 3).
 
@@ -127,7 +132,10 @@ def at_loss(student: Tensor, teacher: Tensor) -> Tensor:
     if student.numel() == 0 or teacher.numel() == 0:
         return _nothing(student)
     with full_precision(student.device):
-        x, y = (_normalize(widen(z).square().sum(1).flatten(1), 1) for z in (student, teacher))
+        x, y = (
+            _normalize(_unit_peak(widen(z)).square().sum(1).flatten(1), 1)
+            for z in (student, teacher)
+        )
         return (x - y).square().sum() / len(x)
 
 
@@ -210,9 +218,7 @@ def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
     with full_precision(student.device):
         grams = []
         for z in (student, teacher):
-            q = widen(z).flatten(1)
-            # The scale of a map is no similarity; large ones would overflow when squared twice.
-            q = q / q.detach().abs().amax().clamp(min=torch.finfo(q.dtype).tiny)
+            q = _unit_peak(widen(z)).flatten(1)
             grams.append(_normalize(q @ q.mT, 1))
         return (grams[0] - grams[1]).square().sum() / len(student) ** 2
 
@@ -253,6 +259,9 @@ def object_masks(
     boxes: Sequence[Tensor], padded_size: tuple[int, int], maps: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Where objects are on a map, and where none is (FGD, Yang et al., CVPR 2022, eq. 2 to 4).
+
+    A box covers the cells that it touches. (The paper's code adds one at its end, and divides boxes
+    by the size of the image before padding.)
 
     Args:
         boxes: per image (M, 4), x1, y1, x2, y2 in pixels of the network's input.

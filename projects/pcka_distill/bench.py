@@ -134,6 +134,7 @@ def run(
         metrics = folder / "metrics.json"
         start = metrics.stat().st_size if metrics.exists() else 0
         with open(folder / "train.log", "ab") as log:
+            said = log.tell()
             process = subprocess.Popen(
                 command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
@@ -148,10 +149,15 @@ def run(
                 except subprocess.TimeoutExpired:
                     process.kill()
         if process.returncode:
-            last = "".join((folder / "train.log").read_text().strip().splitlines()[-1:])
-            kind = Diverged if last.startswith("FloatingPointError") else UserError
+            with open(folder / "train.log", "rb") as log:
+                log.seek(said)
+                lines = log.read().decode(errors="replace").strip().splitlines()
+            # Detectron2 says on more lines which loss it was.
+            diverged = [x for x in lines if x.startswith("FloatingPointError")]
+            last = "".join((diverged or lines)[-1:])
             what = label or f"the run in {folder}"
-            raise kind(f"{what} failed: {last} (all of it: {folder / 'train.log'})")
+            message = f"{what} failed: {last} (all of it: {folder / 'train.log'})"
+            raise Diverged(message) if diverged else UserError(message)
     content: dict[str, Any] = json.loads(results.read_text())
     return content
 

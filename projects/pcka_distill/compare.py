@@ -17,7 +17,7 @@ import math
 import platform
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -25,15 +25,16 @@ from typing import Any, TypeVar
 
 import torch
 import yaml
+from detectron2.config import CfgNode
 from tqdm import tqdm
 
-from pcka_distill.bench import Diverged, run
+from pcka_distill.bench import REPOSITORY, Diverged, run
 from pcka_distill.errors import UserError, reason
+from pcka_distill.teacher import digest_of
 
 __all__ = ["Comparison", "compare", "read_plan", "write_page"]
 
 _METRICS = ("AP", "AP50", "AP75")
-_ENVIRONMENT = f"torch {torch.__version__}, Python {platform.python_version()}, CPU"
 Opts = dict[str, Any]
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -41,10 +42,10 @@ T = TypeVar("T")
 
 @dataclass
 class Task:
-    """What is trained: a distillation config, its teacher, and overrides of both."""
+    """What is trained: a distillation config, and its teacher."""
 
     config: str = ""
-    #: config of the teacher, trained here first; empty for that of the config, as it is
+    #: config of the teacher, trained here first; empty for the one that the config names, as it is
     teacher: str = ""
     #: overrides of the config
     opts: Opts = field(default_factory=dict)
@@ -134,6 +135,8 @@ def read_plan(path: Path) -> Plan:
         if name not in names:
             raise UserError(f"{where} names {name!r}, which {path} does not define")
 
+    if plan.choose_on == plan.report_on:
+        raise UserError(f"{path}: choose_on and report_on must be two datasets")
     for name, task in plan.tasks.items():
         if task.base:
             known(task.base, plan.tasks, f"task {name!r}")
@@ -147,7 +150,23 @@ def read_plan(path: Path) -> Plan:
         known(section.task, plan.tasks, where)
         for name in [*section.methods, *filter(None, [section.reference])]:
             known(name, plan.methods, where)
+        shared = [x for x in plan.tune_seeds if x in range(section.seeds)]
+        if shared:
+            raise UserError(f"{where} reports seeds {shared}, which settings are chosen by")
+    _refuse_loops({k: [t.base] if t.base else [] for k, t in plan.tasks.items()}, "task")
+    _refuse_loops({k: m.combine for k, m in plan.methods.items()}, "method")
     return plan
+
+
+def _refuse_loops(parents: Mapping[str, Sequence[str]], what: str) -> None:
+    def visit(name: str, below: tuple[str, ...]) -> None:
+        if name in below:
+            raise UserError(f"{what} {name!r} is made of itself")
+        for parent in parents[name]:
+            visit(parent, (*below, name))
+
+    for name in parents:
+        visit(name, ())
 
 
 @dataclass(frozen=True)
@@ -182,9 +201,11 @@ class Comparison:
     def __init__(self, plan: Plan, results: Path) -> None:
         self.plan = plan
         self.path = results
-        self.rows: dict[Job, Row] = {}
+        #: (what was run, seed) -> result
+        self.rows: dict[tuple[str, int], Row] = {}
         #: config -> result
         self.teachers: dict[str, Row] = {}
+        self._contents: dict[str, Opts] = {}
         if results.exists():
             for i, line in enumerate(results.read_text().splitlines()):
                 try:
@@ -194,13 +215,37 @@ class Comparison:
                 if "teacher" in row:
                     self.teachers[row["teacher"]] = row
                 else:
-                    self.rows[Job(row["task"], _text(row["opts"]), row["seed"])] = row
+                    self.rows[row["run"], row["seed"]] = row
 
     def add(self, job: Job, row: Row) -> None:
         """Keep the result of a run."""
-        row = {"task": job.task, "opts": json.loads(job.setting), "seed": job.seed, **row}
-        self.rows[job] = row
+        opts = json.loads(job.setting)
+        run = self.identity(job.task, opts)
+        row = {"task": job.task, "opts": opts, "seed": job.seed, "run": run, **row}
+        self.rows[run, job.seed] = row
         self._append(row)
+
+    def row(self, job: Job) -> Row | None:
+        """The result of a run, if it is there."""
+        return self.rows.get((self.identity(job.task, json.loads(job.setting)), job.seed))
+
+    def identity(self, task: str, setting: Opts) -> str:
+        """A digest of all that was asked for: what is run again if a config or a plan changes.
+
+        The names of tasks and methods are no part of it, nor are the defaults of keys.
+        """
+        if task not in self._contents:
+            content = self.task(task)
+            # What it is made of by others, such as Detectron2's RetinaNet, has python tags.
+            loaded = CfgNode.load_yaml_with_base(
+                str(REPOSITORY / content.config), allow_unsafe=True
+            )
+            asked = {**_flat(loaded), **content.opts, "teacher": content.teacher}
+            for key in ("SEED", "OUTPUT_DIR", "MODEL.DISTILL.TEACHER.WEIGHTS"):
+                asked.pop(key, None)
+            self._contents[task] = asked
+        asked = {**self._contents[task], **{f"MODEL.DISTILL.{k}": v for k, v in setting.items()}}
+        return hashlib.blake2b(_text(asked).encode(), digest_size=8).hexdigest()
 
     def add_teacher(self, config: str, row: Row) -> None:
         """Keep the result of a teacher."""
@@ -257,7 +302,7 @@ class Comparison:
             return dict(candidates[0])
         scores = []
         for opts in candidates:
-            rows = [self.rows.get(job) for job in self._jobs(task, opts, self.plan.tune_seeds)]
+            rows = [self.row(job) for job in self._jobs(task, opts, self.plan.tune_seeds)]
             if None in rows:
                 return None
             values = [_metric(row, self.plan.choose_on, "AP") for row in rows if row]
@@ -289,7 +334,7 @@ class Comparison:
                 if self.setting(tuned, other) is None:
                     for opts in self._candidates(tuned, other) or []:
                         wanted += self._jobs(tuned, opts, self.plan.tune_seeds)
-        yield from (job for job in wanted if job not in self.rows)
+        yield from (job for job in wanted if self.row(job) is None)
 
     def _parts(self, name: str) -> Iterator[str]:
         yield name
@@ -302,11 +347,22 @@ class Comparison:
         if setting is None:
             return []
         jobs = self._jobs(section.task, setting, range(section.seeds))
-        return [self.rows[job] for job in jobs if job in self.rows]
+        return [row for job in jobs if (row := self.row(job)) is not None]
 
 
 def _text(opts: Opts) -> str:
     return json.dumps(opts, sort_keys=True)
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Opts:
+    """{a: {b: 1}} -> {a.b: 1}"""
+    flat: Opts = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 def _metric(row: Row, dataset: str, name: str) -> float:
@@ -315,14 +371,16 @@ def _metric(row: Row, dataset: str, name: str) -> float:
     return math.nan if value is None else float(value)
 
 
-def _history(folder: Path) -> list[list[Any]]:
+def _history(folder: Path, datasets: Sequence[str]) -> list[list[Any]]:
     """[iteration, {dataset: AP}] of each evaluation on the way."""
     found: dict[int, dict[str, float]] = {}
     for line in (folder / "metrics.json").read_text().splitlines():
         content = json.loads(line)
         for key, value in content.items():
-            if key.endswith("/bbox/AP"):
-                found.setdefault(content["iteration"] + 1, {})[key.split("/")[0]] = value
+            if key == "bbox/AP" or key.endswith("/bbox/AP"):
+                # Of a single dataset Detectron2 leaves out the name.
+                dataset = key.removesuffix("bbox/AP").rstrip("/") or datasets[0]
+                found.setdefault(content["iteration"] + 1, {})[dataset] = value
     return [[i, found[i]] for i in sorted(found)]
 
 
@@ -339,25 +397,64 @@ def _execute(comparison: Comparison, job: Job, runs: Path, teacher: Path | None)
     try:
         found = run(task.config, folder, flat, label="", teacher=teacher, threads=1)
     except Diverged as e:
-        return {"diverged": str(e), "environment": _ENVIRONMENT}
-    row = _result(found)
-    history = _history(folder)
+        return {"diverged": str(e), "environment": _environment(folder)}
+    row = _result(found, folder)
+    history = _history(folder, list(found["results"]))
     if len(history) > 1:
         row["history"] = history
     return row
 
 
-def _result(found: dict[str, Any]) -> Row:
+def _environment(folder: Path) -> str:
+    """What a run was made with."""
+    device = yaml.safe_load((folder / "config.yaml").read_text())["MODEL"]["DEVICE"]
+    if device.startswith("cuda") and torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    return f"torch {torch.__version__}, Python {platform.python_version()}, {device}"
+
+
+def _result(found: dict[str, Any], folder: Path) -> Row:
     """Of a ``results.json`` what is kept."""
     return {
+        # Of a model that finds nothing Detectron2 says that there is no AP.
         "metrics": {
-            dataset: {k: round(v["bbox"][k], 3) for k in _METRICS}
+            dataset: {k: round(v["bbox"][k] or 0.0, 3) for k in _METRICS}
             for dataset, v in found["results"].items()
         },
         "seconds": round(found["train_seconds"], 1),
         "parameters": found["parameters"],
-        "environment": _ENVIRONMENT,
+        "environment": _environment(folder),
     }
+
+
+def _teachers(comparison: Comparison, sections: Sequence[Section], runs: Path) -> dict[str, Path]:
+    """Train the teachers that are not there: config -> checkpoint.
+
+    Raises:
+        UserError: one is not that of the results.
+    """
+    configs = [comparison.task(section.task).teacher for section in sections]
+    folders = {x: runs / "teachers" / Path(x).stem for x in dict.fromkeys(configs) if x}
+    if len(set(folders.values())) < len(folders):
+        raise UserError(f"teachers of one name: {', '.join(folders)}; rename their configs")
+    weights = {config: folder / "model_final.pth" for config, folder in folders.items()}
+    for config, folder in folders.items():
+        known = comparison.teachers.get(config)
+        row = known
+        if known is None or not weights[config].exists():
+            found = run(config, folder, label=folder.name)
+            row = _result(found, folder)
+        assert row is not None
+        state = torch.load(weights[config], map_location="cpu", weights_only=True)["model"]
+        row = {**row, "weights": digest_of(state)}
+        if known is None:
+            comparison.add_teacher(config, row)
+        elif known["weights"] != row["weights"]:
+            raise UserError(
+                f"{weights[config]} is another teacher than that of {comparison.path}: bring its "
+                "checkpoint, or begin with new results"
+            )
+    return weights
 
 
 def compare(
@@ -366,49 +463,46 @@ def compare(
     """Make the runs that sections lack, so many at a time, each on one thread.
 
     Raises:
-        UserError: a run failed, for another reason than a loss that is not finite.
+        UserError: runs failed, for another reason than a loss that is not finite. All others were
+            made.
     """
-    terminal = sys.stderr.isatty()
+    failed: dict[Job, UserError] = {}
+
+    def left() -> list[Job]:
+        return [job for job in comparison.missing(sections) if job not in failed]
+
+    if not left():
+        return
+    weights = _teachers(comparison, sections, runs)
     with ThreadPoolExecutor(processes) as pool:
-        teachers = {
-            config: runs / "teachers" / Path(config).stem
-            for config in dict.fromkeys(comparison.task(s.task).teacher for s in sections)
-            if config
-        }
-        weights = {config: folder / "model_final.pth" for config, folder in teachers.items()}
-        if comparison.missing(sections):
-            made = {
-                config: pool.submit(run, config, folder, label=folder.name, threads=1)
-                for config, folder in teachers.items()
-                if config not in comparison.teachers or not weights[config].exists()
-            }
-            for config, result in made.items():
-                comparison.add_teacher(config, _result(result.result()))
-        while jobs := comparison.missing(sections):
+        while jobs := left():
             futures = {
                 pool.submit(
-                    _execute,
-                    comparison,
-                    job,
-                    runs,
-                    weights.get(comparison.task(job.task).teacher),
+                    _execute, comparison, job, runs, weights.get(comparison.task(job.task).teacher)
                 ): job
                 for job in jobs
             }
-            count = 0
-            with tqdm(total=len(jobs), desc="runs", disable=not terminal) as bar:
+            with tqdm(total=len(jobs), desc="runs", disable=not sys.stderr.isatty()) as bar:
                 try:
-                    for done in as_completed(futures):
-                        job, row = futures[done], done.result()
-                        comparison.add(job, row)
+                    for count, done in enumerate(as_completed(futures), 1):
+                        job = futures[done]
+                        try:
+                            row = done.result()
+                        except UserError as e:
+                            failed[job] = e
+                            result = str(e)
+                        else:
+                            comparison.add(job, row)
+                            result = f"{_metric(row, comparison.plan.choose_on, 'AP'):.1f}"
                         bar.update()
-                        ap = _metric(row, comparison.plan.choose_on, "AP")
-                        count += 1
-                        bar.write(f"{count} of {len(jobs)}: {job.folder}: {ap:.1f}")
+                        bar.write(f"{count} of {len(jobs)}: {job.folder}: {result}")
                 except BaseException:
-                    for future in futures:
-                        future.cancel()
+                    # What is running ends by itself; its folder has the result.
+                    pool.shutdown(cancel_futures=True)
                     raise
+    if failed:
+        first = next(iter(failed.values()))
+        raise UserError(f"{len(failed)} runs failed, the others were made; the first: {first}")
 
 
 # ---- the page --------------------------------------------------------------------------------
@@ -421,17 +515,20 @@ def _spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
-def _difference(mine: Sequence[float], theirs: Sequence[float]) -> str:
-    """Mean of paired differences and the p-value of a paired t-test."""
+def _difference(mine: Sequence[float], theirs: Sequence[float]) -> tuple[str, str]:
+    """Of paired values the mean difference with its 95 % interval, and the p-value of a t-test."""
     differences = [a - b for a, b in zip(mine, theirs)]
     if any(math.isnan(x) for x in differences):
-        return ""
-    text = f"{statistics.mean(differences):+.1f}"
+        return "", ""
+    mean = statistics.mean(differences)
     if len(differences) < 2 or statistics.stdev(differences) < 1e-9:
-        return text
-    from scipy.stats import ttest_rel
+        return f"{mean:+.1f}", ""
+    from scipy.stats import ttest_1samp
 
-    return f"{text} (p {ttest_rel(mine, theirs).pvalue:.3f})"
+    test = ttest_1samp(differences, 0)
+    low, high = test.confidence_interval()
+    p = "p < 0.001" if test.pvalue < 0.001 else f"p {test.pvalue:.3f}"
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", p
 
 
 def _setting_text(comparison: Comparison, section: Section, name: str) -> str:
@@ -482,9 +579,12 @@ def table(comparison: Comparison, section: Section) -> list[str]:
             cells += [f"{diverged} of {section.seeds} diverged"] + [""] * (len(columns) - 3)
         else:
             cells.append(_spread(values(name, "AP")))
-            for other in [*alone[:1], *filter(None, [section.reference])]:
-                known = other != name and complete(other)
-                cells.append(_difference(values(name, "AP"), values(other, "AP")) if known else "")
+            for other, tested in ((alone[:1], False), ([section.reference], True)):
+                if other and other[0]:
+                    text = p = ""
+                    if other[0] != name and complete(other[0]):
+                        text, p = _difference(values(name, "AP"), values(other[0], "AP"))
+                    cells.append(f"{text}, {p}" if tested and p else text)
             cells += [_spread(values(name, x)) for x in ("AP50", "AP75")]
             cells.append(_spread(values(name, "AP", plan.choose_on)))
         lines.append(f"| {' | '.join(cells)} |")
@@ -497,7 +597,12 @@ def _plot(comparison: Comparison, section: Section, path: Path) -> None:
 
     plan = comparison.plan
     done = {name: comparison.results(section, name) for name in section.methods}
-    done = {name: rows for name, rows in done.items() if len(rows) == section.seeds > 0}
+    needed = "history" if section.plot == "iterations" else "metrics"
+    done = {
+        name: rows
+        for name, rows in done.items()
+        if len(rows) == section.seeds > 0 and all(needed in row for row in rows)
+    }
     titles = {name: plan.methods[name].title or name for name in done}
     curves = section.plot == "iterations"
     height = 4.5 if curves else 0.9 + 0.3 * len(done)

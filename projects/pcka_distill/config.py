@@ -97,8 +97,8 @@ def add_pcka_distill_config(cfg: CN) -> None:
     # Weights of the relations between samples and of those between classes.
     node.INTRA_WEIGHT = 1.0
     node.INTER_WEIGHT = 1.0
-    # Relate by the scores (softmax or sigmoid, as the head has) of logits / TEMPERATURE; 0 for the
-    # logits themselves.
+    # Relate samples by the scores, softmax or sigmoid as the head has, of logits / TEMPERATURE, and
+    # classes by those of a sigmoid; 0 for the logits themselves.
     node.TEMPERATURE = 0.0
 
     # FCKA: relations between the images of a batch.
@@ -113,7 +113,8 @@ def add_pcka_distill_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.DIST.INTER_WEIGHT = 1.0
     cfg.MODEL.DISTILL.DIST.INTRA_WEIGHT = 1.0
     # FGD: weights of objects, background, attention and the global part; temperature of attention.
-    # These are for one-stage detectors; two-stage ones have 5e-5, 2.5e-5, 5e-5 and 5e-7.
+    # These are for RetinaNet; FCOS has 1.6e-3, 8e-4, 8e-4 and 8e-6, two-stage detectors 5e-5,
+    # 2.5e-5, 5e-5 and 5e-7.
     cfg.MODEL.DISTILL.FGD.ALPHA = 1e-3
     cfg.MODEL.DISTILL.FGD.BETA = 5e-4
     cfg.MODEL.DISTILL.FGD.GAMMA = 1e-3

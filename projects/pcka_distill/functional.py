@@ -414,10 +414,11 @@ def pcka_loss(
         debiased: see :func:`linear_cka`.
         form: "cka" as above; "sqrt" has the root of each CKA in its place, "log" minus its
             logarithm in that of 1 - CKA. The gradient of a CKA vanishes where nothing is related
-            yet (of one-dimensional samples it is a squared correlation); theirs does not.
-            "signed" has <X, Y> / (|X| |Y|) of the centred X and Y in place of the CKA: what a Gram
-            does not see, a sign or a rotation of the samples, is then a difference. With p = 1 and
-            layout sample it is a correlation, the loss of PKD.
+            yet (of one-dimensional samples it is a squared correlation); theirs does not, though
+            below a CKA of 1e-4 it stays what it is there. "signed" has <X, Y> / (|X| |Y|) of the
+            centred X and Y in place of the CKA: what a Gram does not see, a sign or a rotation of
+            the samples, is then a difference. With p = 1 and layout sample it is a correlation, the
+            loss of PKD.
         channel_weight: where every channel is a CKA, "equal" or in proportion to the "variance" of
             the teacher's channel.
 
@@ -445,8 +446,8 @@ def pcka_loss(
             f"channel_weight {channel_weight!r} with layout {layout!r}: expected "
             f"{' or '.join(CHANNEL_WEIGHTS)}, with one of {', '.join(CHANNEL_LAYOUTS)}"
         )
-    if form == "signed" and debiased:
-        raise ValueError("the signed form has no debiased estimator")
+    if form != "cka" and debiased:
+        raise ValueError(f"a debiased CKA may be negative, which form {form!r} is not made for")
     channel_free = layout in CHANNEL_FREE_LAYOUTS and not inter_weight and form != "signed"
     alike = student.shape == teacher.shape
     shapes = [x.shape[:1] + x.shape[2:] for x in (student, teacher)]

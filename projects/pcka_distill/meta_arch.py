@@ -112,14 +112,18 @@ class DistillationModel(nn.Module):
             raise UserError(f"student and teacher read different image formats: {sorted(formats)}")
         self._flip_channels = len(formats) > 1
         self._reads = frozenset(part for loss in self.losses for part in loss.reads)
+        if "labels" in self._reads:
+            self._reads |= {"logits"}
         self._student_adapter = find_adapter(student)
         self._teacher_adapter = find_adapter(teacher.model)
-        unread = ", ".join(sorted(self._reads - self._student_adapter.provides))
-        if unread:
-            raise UserError(
-                f"a loss reads {unread}, and {type(student).__name__} has none to read: DKDLoss "
-                "reads labels, and so does FOREGROUND_ONLY, FGDLoss boxes; leave them out"
-            )
+        for loss in self.losses:
+            unread = ", ".join(sorted(loss.reads - self._student_adapter.provides))
+            if unread:
+                hint = " or set its FOREGROUND_ONLY False" if "labels" in unread else ""
+                raise UserError(
+                    f"{type(loss).__name__} reads {unread}, and {type(student).__name__} has none "
+                    f"to read; take it out of MODEL.DISTILL.LOSSES{hint}"
+                )
         if "features" in self._reads:
             self._pair(teacher.model, smallest_batch)
         if "logits" in self._reads:
@@ -155,7 +159,8 @@ class DistillationModel(nn.Module):
                 continue
             pairs = pair_levels(mine, theirs, loss.levels)
             with own_random_stream():
-                loss.attach(pairs)
+                between = loss.attach(pairs)
+            notes += [f"  {loss.name} on {level}: {note}" for level, note in between.items()]
             self.pairs.update(pairs)
             if smallest_batch is not None:
                 batch, height, width = smallest_batch

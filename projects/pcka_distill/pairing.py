@@ -36,17 +36,11 @@ class LevelPair:
     teacher_stride: int
 
     def __str__(self) -> str:
-        todo = []
-        if self.student_stride != self.teacher_stride:
-            todo.append("teacher resized to the student's grid")
-        if self.student_channels != self.teacher_channels:
-            todo.append(
-                f"1x1 conv {self.student_channels} -> {self.teacher_channels} on the student"
-            )
+        resized = self.student_stride != self.teacher_stride
         return (
             f"{self.student} ({self.student_channels} channels, stride {self.student_stride}) <- "
-            f"{self.teacher} ({self.teacher_channels} channels, stride {self.teacher_stride}): "
-            + (", ".join(todo) or "as they are")
+            f"{self.teacher} ({self.teacher_channels} channels, stride {self.teacher_stride})"
+            + (", the teacher's resized to the student's grid" if resized else "")
         )
 
 

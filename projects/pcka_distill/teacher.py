@@ -8,7 +8,7 @@ import logging
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,11 +108,16 @@ class FrozenTeacher:
 
 def fingerprint(model: Any) -> str:
     """A digest of what a model is made of: its class, its weights, its normalisation."""
-    digest = hashlib.blake2b(type(model).__name__.encode(), digest_size=_DIGEST)
     # In newer versions of Detectron2 the normalisation is no part of the state.
     names = ("pixel_mean", "pixel_std")
     tensors = {name: getattr(model, name) for name in names if hasattr(model, name)}
-    for name, x in sorted({**model.state_dict(), **tensors}.items()):
+    return digest_of({**model.state_dict(), **tensors}, type(model).__name__)
+
+
+def digest_of(state: Mapping[str, Any], about: str = "") -> str:
+    """A digest of named tensors, and of whatever else is said about them."""
+    digest = hashlib.blake2b(about.encode(), digest_size=_DIGEST)
+    for name, x in sorted(state.items()):
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
         digest.update(x.contiguous().cpu().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -96,9 +96,7 @@ class Adapter:
         if "labels" in reads:
             self.read_labels(model, batched_inputs, taps)
         if "boxes" in reads:
-            taps.boxes = [
-                x["instances"].gt_boxes.tensor.to(call.args[0].device) for x in batched_inputs
-            ]
+            taps.boxes = [_boxes(x["instances"]).to(call.args[0].device) for x in batched_inputs]
         return taps
 
     def read_logits(self, model: Any, record: Record, taps: Taps) -> None:
@@ -174,6 +172,17 @@ class Adapter:
         """
         rows, cols = (-(-side // stride) for side in padded_size)
         return x[..., :rows, :cols]
+
+
+def _boxes(truth: Any) -> Tensor:
+    """(M, 4) of the instances of an image."""
+    boxes: Tensor = truth.gt_boxes.tensor
+    if boxes.shape[1:] != (4,):
+        raise UserError(
+            "a loss reads boxes along the axes of the image (x1, y1, x2, y2), and those of the "
+            f"dataset have {boxes.shape[1]} numbers; leave it out"
+        )
+    return boxes
 
 
 def _padding(backbone: Any) -> tuple[int, int]:

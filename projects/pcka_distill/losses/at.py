@@ -14,7 +14,8 @@ __all__ = ["ATLoss"]
 class ATLoss(FeatureLoss):
     """Attention transfer (Zagoruyko & Komodakis, ICLR 2017), see :func:`.baselines.at_loss`.
 
-    Channels may differ. Arguments: see :class:`.FeatureLoss`.
+    Channels may differ. The paper divides its weight of 1000 by the number of cells. Arguments: see
+    :class:`.FeatureLoss`.
     """
 
     project = None

@@ -46,11 +46,12 @@ class DistillLoss(nn.Module):
     """
 
     #: which parts of the taps it reads, of {"features", "logits", "labels", "boxes"}; only these
-    #: are computed
+    #: are computed, and the logits that labels are of
     reads: frozenset[str] = frozenset()
     #: the student's feature levels it reads; empty means every level that can be paired
     levels: tuple[str, ...] = ()
 
+    @configurable
     def __init__(
         self, *, weight: float = 1.0, warmup_iters: int = 0, decay_iters: Sequence[int] = ()
     ) -> None:
@@ -70,8 +71,11 @@ class DistillLoss(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """The arguments of the constructor, from ``MODEL.DISTILL.<NAME>``: its keys are theirs."""
-        node = cfg.MODEL.DISTILL[cls.__name__.removesuffix("Loss").upper()]
+        """The arguments of the constructor, from ``MODEL.DISTILL.<NAME>``: its keys are theirs.
+
+        A loss without such a node is built with its own defaults.
+        """
+        node = cfg.MODEL.DISTILL.get(cls.__name__.removesuffix("Loss").upper(), {})
         return {key.lower(): value for key, value in node.items()}
 
     @property
@@ -87,12 +91,16 @@ class DistillLoss(nn.Module):
             factor *= min(1.0, max(0.0, (last - iteration) / (last - first)))
         return factor
 
-    def attach(self, pairs: Mapping[str, LevelPair]) -> None:
+    def attach(self, pairs: Mapping[str, LevelPair]) -> dict[str, str]:
         """Take notice of the paired levels; called once, before any forward.
 
         Args:
             pairs: student level -> pair, of the levels that this loss reads.
+
+        Returns:
+            level -> what is put between the two, for the log; may be empty.
         """
+        return {}
 
     def check_maps(self, shapes: Mapping[str, tuple[int, int, int, int]]) -> dict[str, str]:
         """Refuse settings that leave nothing to compare.
@@ -156,14 +164,17 @@ class FeatureLoss(DistillLoss):
         self.levels = tuple(levels)
         self.projections = nn.ModuleDict()
 
-    def attach(self, pairs: Mapping[str, LevelPair]) -> None:
+    def attach(self, pairs: Mapping[str, LevelPair]) -> dict[str, str]:
         self.levels = tuple(pairs)
+        notes = {}
         for level, pair in pairs.items():
-            differ = pair.student_channels != pair.teacher_channels
-            if self.project or (differ and self.project is not None):
-                conv = nn.Conv2d(pair.student_channels, pair.teacher_channels, kernel_size=1)
+            mine, theirs = pair.student_channels, pair.teacher_channels
+            if self.project or (mine != theirs and self.project is not None):
+                conv = nn.Conv2d(mine, theirs, kernel_size=1)
                 c2_xavier_fill(conv)
                 self.projections[level] = conv
+                notes[level] = f"1x1 conv {mine} -> {theirs} on the student"
+        return notes
 
     def compare(self, level: str, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss of one level: two (B, C, H, W) maps of one shape -> scalar, unweighted."""
@@ -253,8 +264,9 @@ class LogitLoss(DistillLoss):
         for group, y in teacher.logits.items():
             if self.levels and group not in self.levels:
                 continue
-            x, labels = student.logits[group], student.labels.get(group)
-            kept = None
+            x, labels, kept = student.logits[group], None, None
+            if "labels" in self.reads:
+                labels = student.labels[group]
             if self.foreground_only and labels is not None:
                 background = y.shape[-1] - (not student.sigmoid)
                 kept = (labels >= 0) & (labels < background)
@@ -275,8 +287,8 @@ class LogitLoss(DistillLoss):
             x, y, labels, score = (torch.cat(side, dim=1) for side in zip(*dense))
             x, y, labels, score = self._best(x, y, labels, score)
             known = ~score.isneginf()
-            read = "labels" in self.reads
-            chosen[""] = (x[known], y[known], labels[known] if read else None)
+            labelled = labels[known] if "labels" in self.reads else None
+            chosen[""] = (x[known], y[known], labelled)
         return chosen
 
     def _best(self, x: Tensor, y: Tensor, labels: Tensor, score: Tensor) -> tuple[Tensor, ...]:

@@ -19,7 +19,8 @@ class DISTLoss(LogitLoss):
     """Distillation from a stronger teacher (Huang et al., NeurIPS 2022).
 
     Args:
-        inter_weight, intra_weight, temperature: see :func:`.baselines.dist_loss`.
+        inter_weight, intra_weight, temperature: see :func:`.baselines.dist_loss`; the defaults are
+            its code's.
         common: see :class:`.LogitLoss`.
 
     Raises:
@@ -44,6 +45,15 @@ class DISTLoss(LogitLoss):
             "intra_weight": intra_weight,
             "temperature": temperature,
         }
+
+    def check_logits(self, columns: int, *, sigmoid: bool) -> None:
+        # Two that are tied by a softmax correlate by 1 or -1, whatever they are.
+        least = 2 if sigmoid else 3
+        if self.options["inter_weight"] and columns < least:
+            raise UserError(
+                f"DISTLoss: the correlation over fewer than {least} classes is constant, and the "
+                f"heads have {columns}; set MODEL.DISTILL.DIST.INTER_WEIGHT 0"
+            )
 
     def compare(
         self, student: Tensor, teacher: Tensor, *, sigmoid: bool, labels: Tensor | None

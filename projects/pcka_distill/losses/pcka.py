@@ -83,8 +83,11 @@ class PCKALoss(FeatureLoss):
                 "CHANNEL_WEIGHT equal"
             )
         check_relation_weights(self, intra_weight, inter_weight)
-        if form == "signed" and debiased:
-            raise UserError("PCKALoss: the signed form has no estimator; set DEBIASED False")
+        if form != "cka" and debiased:
+            raise UserError(
+                f"PCKALoss: a debiased CKA may be negative, and the form {form!r} is for those "
+                "that are not; set DEBIASED False"
+            )
         if layout in CHANNEL_FREE_LAYOUTS and not inter_weight and form != "signed":
             self.project = None
         self._patch_sizes = sizes
@@ -109,7 +112,10 @@ class PCKALoss(FeatureLoss):
         """Which relation between patches of p has nothing to say on (B, C, H, W), or ""."""
         _, patches, values = patch_counts(shape, p, self.options["layout"])
         least = 4 if self.options["debiased"] else 3 if self.options["center"] else 2
-        for part, samples in (("intra", patches), ("inter", values)):
+        for part, samples, features in (("intra", patches, values), ("inter", values, patches)):
+            if self.options["form"] == "signed":
+                # Two points on a line correlate by 1 or -1; elsewhere two are enough.
+                least = 3 if self.options["center"] and features == 1 else 2
             if self.options[f"{part}_weight"] and samples < least:
                 return (
                     f"the {part} relation has {samples} samples, and the CKA of fewer than {least} "
@@ -151,13 +157,16 @@ class PCKALoss(FeatureLoss):
     def _note(self, shape: tuple[int, int, int, int], p: int) -> str:
         """The CKA of unrelated maps: near 1 the loss has little left to say."""
         _, patches, values = patch_counts(shape, p, self.options["layout"])
+        counts = f"{patches} patches of {values} values"
+        if self.options["form"] == "signed":
+            return counts
         expected = []
         for part, n, features in (("intra", patches, values), ("inter", values, patches)):
             if self.options[f"{part}_weight"]:
                 # The expectation for Gaussian noise.
                 noise = 0.0 if self.options["debiased"] else features / (features + n)
                 expected.append(f"{part} {noise:.2f}")
-        return f"{patches} patches of {values} values; CKA of unrelated maps: {', '.join(expected)}"
+        return f"{counts}; CKA of unrelated maps: {', '.join(expected)}"
 
     def compare(self, level: str, student: Tensor, teacher: Tensor) -> Tensor:
         p = self.patch_size(level)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
-from fvcore.nn.weight_init import c2_msra_fill
+from detectron2.layers import get_norm
+from detectron2.utils import comm
 from torch import Tensor, nn
 
 from pcka_distill.baselines import hcl_loss
@@ -22,8 +23,10 @@ __all__ = ["ReviewKDLoss"]
 
 def _conv(inputs: int, outputs: int, size: int) -> nn.Sequential:
     conv = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False)
-    c2_msra_fill(conv)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    # Of the whole batch, which for a detector is a few images a process.
+    norm = get_norm("naiveSyncBN" if comm.get_world_size() > 1 else "BN", outputs)
+    return nn.Sequential(conv, norm)
 
 
 class _Fusion(nn.Module):
@@ -49,7 +52,9 @@ class ReviewKDLoss(FeatureLoss):
     """Knowledge review (Chen et al., CVPR 2021): fused levels, :func:`.baselines.hcl_loss`.
 
     The student's coarsest level is compared to the teacher's; each finer one is fused with what
-    was made of the coarser ones first. The fusion is learned and not part of the student.
+    was made of the coarser ones first. The fusion is learned and not part of the student. The
+    paper's weight for detection is 1; its code fuses in as many channels as the student's coarsest
+    level has.
 
     Args:
         hidden: channels in which levels are fused; 0 for the teacher's, at most 512.
@@ -70,7 +75,7 @@ class ReviewKDLoss(FeatureLoss):
         self.hidden = hidden
         self.fusions = nn.ModuleDict()
 
-    def attach(self, pairs: Mapping[str, LevelPair]) -> None:
+    def attach(self, pairs: Mapping[str, LevelPair]) -> dict[str, str]:
         super().attach(pairs)
         # Coarsest first.
         self.levels = tuple(sorted(pairs, key=lambda x: -pairs[x].student_stride))
@@ -80,6 +85,17 @@ class ReviewKDLoss(FeatureLoss):
             self.fusions[level] = _Fusion(
                 pair.student_channels, hidden, pair.teacher_channels, last=top
             )
+        return dict.fromkeys(self.levels, f"fused in {hidden} channels")
+
+    def check_maps(self, shapes: Mapping[str, tuple[int, int, int, int]]) -> dict[str, str]:
+        for level, (b, _, h, w) in shapes.items():
+            if b * h * w < 2:
+                raise UserError(
+                    f"ReviewKDLoss: batch norm needs more than one cell of level {level!r}; raise "
+                    "SOLVER.IMS_PER_BATCH or leave that level out of "
+                    "MODEL.DISTILL.REVIEWKD.LEVELS"
+                )
+        return {}
 
     def forward(self, student: Taps, teacher: Taps) -> dict[str, Tensor]:
         losses, above = {}, None

@@ -17,8 +17,8 @@ __all__ = ["SPLoss"]
 class SPLoss(FeatureLoss):
     """Similarity-preserving distillation (Tung & Mori, ICCV 2019), see :func:`.baselines.sp_loss`.
 
-    Channels may differ. Relates the images of a batch: it needs more than a few. Arguments: see
-    :class:`.FeatureLoss`.
+    Channels may differ. Relates the images of a batch: it needs more than a few. The paper's weight
+    is 3000, at one level and batches of 128. Arguments: see :class:`.FeatureLoss`.
 
     Raises:
         UserError: batches of one image.
