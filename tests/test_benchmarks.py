@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import statistics
 import sys
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from helpers import REPO
 
+from pcka_distill.compare import Comparison, read_plan, write_page
 from pcka_distill.functional import pcka_loss
 
 FOLDER = REPO / "benchmarks"
@@ -83,6 +85,34 @@ def test_the_page_is_that_of_its_rows(performance):
     assert {row["section"] for row in rows} == set(performance.SECTIONS)
     for name in re.findall(r"!\[.*?\]\((.*?)\)", page):
         assert (FOLDER / name).is_file()
+
+
+def test_the_comparison_is_that_of_its_rows(tmp_path):
+    """Every run of every table is there, and the page is made of them alone."""
+    comparison = Comparison(read_plan(FOLDER / "comparison.yaml"), FOLDER / "results.jsonl")
+    assert not comparison.missing(comparison.plan.sections)
+    page = (FOLDER / "comparison.md").read_text()
+    assert write_page(comparison, tmp_path / "comparison.md") == page
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", page):
+        assert (FOLDER / name).is_file() and (tmp_path / name).is_file()
+
+
+def test_the_comparison_by_hand():
+    """A cell of the page, from the lines of the results themselves."""
+    aps = {}
+    for line in (FOLDER / "results.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row.get("task") == "retinanet" and row["seed"] < 5:
+            key = json.dumps(row["opts"], sort_keys=True)
+            aps.setdefault(key, {})[row["seed"]] = row["metrics"]["digits_test"]["AP"]
+    plain = aps['{"LOSSES": ["PCKALoss"], "PCKA.WEIGHT": 0.0}']
+    pkd = aps['{"LOSSES": ["PKDLoss"], "PKD.WEIGHT": 3.0}']
+    gain = statistics.mean(pkd[s] - plain[s] for s in range(5))
+    page = (FOLDER / "comparison.md").read_text()
+    row = re.search(r"^\| PKD \|.*$", page, re.M)[0]
+    values = [pkd[s] for s in range(5)]
+    assert f"| {statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} |" in row
+    assert f"| {gain:+.1f} [" in row
 
 
 def test_an_unknown_section_is_one_line(performance, monkeypatch, capsys):

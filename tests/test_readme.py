@@ -128,6 +128,17 @@ def test_numbers_are_those_of_the_benchmark(pair, start):
     assert teacher == f"{aps[pair, 'teacher'][0]:.1f}"
 
 
+def test_the_table_of_losses_is_that_of_the_comparison():
+    page = (REPO / "benchmarks" / "comparison.md").read_text()
+    table = README.split("| losses | test AP |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]*)\|$", table, re.M)
+    assert len(rows) == 9
+    for name, ap, gain in rows:
+        line = re.search(rf"^\| {re.escape(name)} \|.*$", page, re.M)[0]
+        cells = [x.strip() for x in line.strip("|").split("|")]
+        assert cells[2] == ap.strip("*") and cells[3] == gain.strip()
+
+
 def test_the_benchmarks_page_is_that_of_its_raw_figures():
     page = (REPO / "benchmarks" / "digits.md").read_text()
     titles = {
