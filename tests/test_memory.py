@@ -53,6 +53,18 @@ def accumulate(model, batch, parts, lr):
     return storage.latest()
 
 
+def test_gradients_of_an_earlier_step_do_not_count(teacher_files, batch):
+    model = build("retinanet", teacher_files)
+    reference = copy.deepcopy(model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for x in (model, reference):
+        torch.manual_seed(1)
+        accumulate(x, batch, parts=2, lr=0.5)
+    expected = dict(reference.named_parameters())
+    assert all(torch.equal(p, expected[k]) for k, p in model.named_parameters())
+
+
 @pytest.mark.parametrize("family", ["retinanet", "fcos"])
 @pytest.mark.parametrize("images", [4, 3])
 def test_accumulation_updates_by_the_mean_gradient_of_the_parts(family, images, teacher_files):
