@@ -33,5 +33,5 @@ setup(
         "tqdm",
     ],
     # Not required: whoever has OpenCV has it under one of four names that do not live together.
-    extras_require={"demo": ["opencv-python-headless", "scikit-learn", "matplotlib"]},
+    extras_require={"demo": ["opencv-python-headless", "scikit-learn", "scipy", "matplotlib"]},
 )
