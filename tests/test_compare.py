@@ -58,11 +58,10 @@ class World:
         self.ran.append((config, opts, teacher))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text("MODEL: {DEVICE: cpu}")
+        assert threads == 1  # a teacher's rounding depends on it, too
         if teacher is None:
             model = {"weight": torch.tensor([self.teacher])}
             torch.save({"model": model}, folder / "model_final.pth")
-        else:
-            assert threads == 1
         if self.fail and self.fail(opts):
             raise Diverged("loss is NaN")
         losses = opts.get("MODEL.DISTILL.LOSSES", [])

@@ -427,7 +427,9 @@ def _result(found: dict[str, Any], folder: Path) -> Row:
     }
 
 
-def _teachers(comparison: Comparison, sections: Sequence[Section], runs: Path) -> dict[str, Path]:
+def _teachers(
+    comparison: Comparison, sections: Sequence[Section], runs: Path, processes: int
+) -> dict[str, Path]:
     """Train the teachers that are not there: config -> checkpoint.
 
     Raises:
@@ -438,18 +440,21 @@ def _teachers(comparison: Comparison, sections: Sequence[Section], runs: Path) -
     if len(set(folders.values())) < len(folders):
         raise UserError(f"teachers of one name: {', '.join(folders)}; rename their configs")
     weights = {config: folder / "model_final.pth" for config, folder in folders.items()}
+    with ThreadPoolExecutor(processes) as pool:
+        # On one thread each, as their students: on more a teacher is another, by its rounding.
+        made = {
+            config: pool.submit(run, config, folder, label=folder.name, threads=1)
+            for config, folder in folders.items()
+            if config not in comparison.teachers or not weights[config].exists()
+        }
     for config, folder in folders.items():
-        known = comparison.teachers.get(config)
-        row = known
-        if known is None or not weights[config].exists():
-            found = run(config, folder, label=folder.name)
-            row = _result(found, folder)
-        assert row is not None
+        found = made[config].result() if config in made else None
         state = torch.load(weights[config], map_location="cpu", weights_only=True)["model"]
-        row = {**row, "weights": digest_of(state)}
-        if known is None:
-            comparison.add_teacher(config, row)
-        elif known["weights"] != row["weights"]:
+        digest = digest_of(state)
+        known = comparison.teachers.get(config)
+        if known is None and found is not None:
+            comparison.add_teacher(config, {**_result(found, folder), "weights": digest})
+        elif known is not None and known["weights"] != digest:
             raise UserError(
                 f"{weights[config]} is another teacher than that of {comparison.path}: bring its "
                 "checkpoint, or begin with new results"
@@ -473,7 +478,7 @@ def compare(
 
     if not left():
         return
-    weights = _teachers(comparison, sections, runs)
+    weights = _teachers(comparison, sections, runs, processes)
     with ThreadPoolExecutor(processes) as pool:
         while jobs := left():
             futures = {
