@@ -7,7 +7,6 @@ Runs that are finished are not made again; an interrupted one goes on. One threa
 import argparse
 import json
 import platform
-import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pcka_distill.bench import REPOSITORY, run
+from pcka_distill.bench import REPOSITORY, run, spread
 from pcka_distill.errors import UserError
 
 
@@ -39,13 +38,6 @@ PAIRS = {
 METHODS = {"student": "plain", "pcka": "PCKA", "pcka_mimic": "PCKA + mimic"}
 
 Row = dict[str, Any]
-
-
-def spread(values: list[float]) -> str:
-    """Mean and, of several, standard deviation."""
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 def table(title: str, rows: dict[str, list[Row]]) -> list[str]:

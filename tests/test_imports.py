@@ -36,7 +36,7 @@ ALLOWED = {
     "engine": {"errors", "config", "checkpoint", "adapters", "build", "memory", "meta_arch"},
     "bench": {"errors", "build"},
     "demo": {"bench", "build"},
-    "compare": {"errors", "teacher", "bench"},
+    "compare": {"errors", "teacher", "build", "bench"},
 }  # fmt: skip
 # What a module must not know of the outside.
 FORBIDDEN = {

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcka_distill.functional import full_precision, widen
+from pcka_distill.functional import full_precision, unit_peak, widen
 
 __all__ = [
     "at_loss",
@@ -81,11 +81,6 @@ def _normalize(x: Tensor, dim: int | tuple[int, ...], *, center: bool = False) -
     return torch.where(varies, x / length, 0)
 
 
-def _unit_peak(x: Tensor) -> Tensor:
-    """X of a scale at which squares neither overflow nor vanish, for what does not depend on it."""
-    return x / x.detach().abs().amax().clamp(min=torch.finfo(x.dtype).tiny)
-
-
 def mimic_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error between two feature maps (FitNets, Romero et al., ICLR 2015, eq. 3).
 
@@ -133,7 +128,7 @@ def at_loss(student: Tensor, teacher: Tensor) -> Tensor:
         return _nothing(student)
     with full_precision(student.device):
         x, y = (
-            _normalize(_unit_peak(widen(z)).square().sum(1).flatten(1), 1)
+            _normalize(unit_peak(widen(z)).square().sum(1).flatten(1), 1)
             for z in (student, teacher)
         )
         return (x - y).square().sum() / len(x)
@@ -218,7 +213,7 @@ def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
     with full_precision(student.device):
         grams = []
         for z in (student, teacher):
-            q = _unit_peak(widen(z)).flatten(1)
+            q = unit_peak(widen(z)).flatten(1)
             grams.append(_normalize(q @ q.mT, 1))
         return (grams[0] - grams[1]).square().sum() / len(student) ** 2
 

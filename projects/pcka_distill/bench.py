@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from pcka_distill.build import get_distill_cfg, merge_config
 from pcka_distill.errors import UserError
 
-__all__ = ["Diverged", "run", "test_metrics"]
+__all__ = ["Diverged", "run", "spread", "test_metrics"]
 
 REPOSITORY = Path(__file__).parents[2]
 _REPORT_SECONDS = 15.0
@@ -160,6 +161,13 @@ def run(
             raise Diverged(message) if diverged else UserError(message)
     content: dict[str, Any] = json.loads(results.read_text())
     return content
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and, of several, standard deviation."""
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 def test_metrics(results: dict[str, Any]) -> dict[str, float]:

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ __all__ = [
     "build_student",
     "build_teacher",
     "class_names",
+    "config_keys",
     "get_distill_cfg",
     "merge_config",
     "own_random_stream",
@@ -108,7 +109,7 @@ def merge_config(cfg: CfgNode, path: str, opts: list[Any], what: str) -> None:
                 # Of another version of Detectron2's keys: it converts them.
                 cfg.merge_from_file(path)
     with _config_errors(cfg, f"override of the {what} cannot be used"):
-        known = dict(_keys(cfg))
+        known = dict(config_keys(cfg))
         values = [_fit(v, known.get(k)) for k, v in zip(opts[::2], opts[1::2])]
         # Of an odd number the last is a key without a value: let yacs say so.
         pairs = [x for pair in zip(opts[::2], values) for x in pair]
@@ -119,12 +120,12 @@ def merge_config(cfg: CfgNode, path: str, opts: list[Any], what: str) -> None:
         cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = str(beside)
 
 
-def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def config_keys(cfg: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every key of a config, nodes included, with its value."""
     for key, value in cfg.items():
         yield prefix + key, value
-        if isinstance(value, CfgNode):
-            yield from _keys(value, f"{prefix}{key}.")
+        if isinstance(value, dict):
+            yield from config_keys(value, f"{prefix}{key}.")
 
 
 def _fit(value: Any, default: Any) -> Any:
@@ -154,7 +155,7 @@ def _config_errors(cfg: CfgNode, what: str) -> Iterator[None]:
         text = reason(e)
         unknown = re.search(r"Non-existent (?:config )?key: (\S+)", text)
         if unknown:
-            close = difflib.get_close_matches(unknown[1], [k for k, _ in _keys(cfg)], n=1)
+            close = difflib.get_close_matches(unknown[1], [k for k, _ in config_keys(cfg)], n=1)
             text += f", did you mean {close[0]}?" if close else ""
         raise UserError(f"{what}: {text}") from e
 

@@ -28,7 +28,8 @@ import yaml
 from detectron2.config import CfgNode
 from tqdm import tqdm
 
-from pcka_distill.bench import REPOSITORY, Diverged, run
+from pcka_distill.bench import REPOSITORY, Diverged, run, spread
+from pcka_distill.build import config_keys
 from pcka_distill.errors import UserError, reason
 from pcka_distill.teacher import digest_of
 
@@ -77,7 +78,7 @@ class Section:
     task: str
     methods: list[str]
     text: str = ""
-    #: seeds 0, 1, ... of every method
+    #: seeds 0, 1, ... of every method; 0 only chooses its settings, and is no table
     seeds: int = 5
     #: what the others are compared to, by a paired test
     reference: str = ""
@@ -179,9 +180,20 @@ class Job:
     seed: int
 
     @property
+    def opts(self) -> Opts:
+        """The overrides."""
+        opts: Opts = json.loads(self.setting)
+        return opts
+
+    @property
+    def overrides(self) -> Opts:
+        """The same by their whole names."""
+        return {f"MODEL.DISTILL.{k}": v for k, v in self.opts.items()}
+
+    @property
     def folder(self) -> str:
         """A name for its folder that says what it is."""
-        words = [f"{k}={v}" for k, v in json.loads(self.setting).items()]
+        words = [f"{k}={v}" for k, v in self.opts.items()]
         name = "".join(c if c.isalnum() or c in "=.-" else "_" for c in "_".join(words))
         if len(name) > 150:
             # File systems have a limit; what is cut off must still tell two settings apart.
@@ -219,40 +231,37 @@ class Comparison:
 
     def add(self, job: Job, row: Row) -> None:
         """Keep the result of a run."""
-        opts = json.loads(job.setting)
-        run = self.identity(job.task, opts)
-        row = {"task": job.task, "opts": opts, "seed": job.seed, "run": run, **row}
+        run = self.identity(job)
+        row = {"task": job.task, "opts": job.opts, "seed": job.seed, "run": run, **row}
         self.rows[run, job.seed] = row
         self._append(row)
 
     def row(self, job: Job) -> Row | None:
         """The result of a run, if it is there."""
-        return self.rows.get((self.identity(job.task, json.loads(job.setting)), job.seed))
+        return self.rows.get((self.identity(job), job.seed))
 
-    def identity(self, task: str, setting: Opts) -> str:
+    def identity(self, job: Job) -> str:
         """A digest of all that was asked for: what is run again if a config or a plan changes.
 
         The names of tasks and methods are no part of it, nor are the defaults of keys.
         """
-        if task not in self._contents:
-            content = self.task(task)
+        if job.task not in self._contents:
+            task = self.task(job.task)
             # What it is made of by others, such as Detectron2's RetinaNet, has python tags.
-            loaded = CfgNode.load_yaml_with_base(
-                str(REPOSITORY / content.config), allow_unsafe=True
-            )
-            asked = {**_flat(loaded), **content.opts, "teacher": content.teacher}
+            loaded = CfgNode.load_yaml_with_base(str(REPOSITORY / task.config), allow_unsafe=True)
+            keys = {k: v for k, v in config_keys(loaded) if not isinstance(v, dict)}
+            asked = {**keys, **task.opts, "teacher": task.teacher}
             for key in ("SEED", "OUTPUT_DIR", "MODEL.DISTILL.TEACHER.WEIGHTS"):
                 asked.pop(key, None)
-            self._contents[task] = asked
-        asked = {**self._contents[task], **{f"MODEL.DISTILL.{k}": v for k, v in setting.items()}}
+            self._contents[job.task] = asked
+        asked = {**self._contents[job.task], **job.overrides}
         return hashlib.blake2b(_text(asked).encode(), digest_size=8).hexdigest()
 
     def add_teacher(self, config: str, row: Row) -> None:
         """Keep the result of a teacher."""
         row = {"teacher": config, **row}
-        if self.teachers.get(config) != row:
-            self.teachers[config] = row
-            self._append(row)
+        self.teachers[config] = row
+        self._append(row)
 
     def _append(self, row: Row) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -268,6 +277,10 @@ class Comparison:
         return Task(
             task.config or base.config, task.teacher or base.teacher, {**base.opts, **task.opts}
         )
+
+    def title(self, method: str) -> str:
+        """What the page calls a method."""
+        return self.plan.methods[method].title or method
 
     def _tuned_on(self, name: str, method: str) -> str:
         """The task on which the settings of a method are chosen."""
@@ -354,17 +367,6 @@ def _text(opts: Opts) -> str:
     return json.dumps(opts, sort_keys=True)
 
 
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Opts:
-    """{a: {b: 1}} -> {a.b: 1}"""
-    flat: Opts = {}
-    for key, value in node.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def _metric(row: Row, dataset: str, name: str) -> float:
     """Of a run, in percent; NaN if it diverged."""
     value = row["metrics"].get(dataset, {}).get(name) if "metrics" in row else None
@@ -391,7 +393,7 @@ def _execute(comparison: Comparison, job: Job, runs: Path, teacher: Path | None)
         opts["MODEL.DISTILL.TEACHER.CACHE.DIR"] = str(runs.absolute() / "cache")
     # Only the last one: a run that is cut off is made again.
     opts.setdefault("SOLVER.CHECKPOINT_PERIOD", 10**9)
-    opts.update({f"MODEL.DISTILL.{k}": v for k, v in json.loads(job.setting).items()})
+    opts.update(job.overrides)
     folder = runs / job.folder
     flat = [x for pair in opts.items() for x in pair]
     try:
@@ -513,13 +515,6 @@ def compare(
 # ---- the page --------------------------------------------------------------------------------
 
 
-def _spread(values: Sequence[float]) -> str:
-    """Mean and, of several, standard deviation."""
-    if len(values) < 2:
-        return "".join(f"{x:.1f}" for x in values)
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
-
-
 def _difference(mine: Sequence[float], theirs: Sequence[float]) -> tuple[str, str]:
     """Of paired values the mean difference with its 95 % interval, and the p-value of a t-test."""
     differences = [a - b for a, b in zip(mine, theirs)]
@@ -556,42 +551,40 @@ def _setting_text(comparison: Comparison, section: Section, name: str) -> str:
 def table(comparison: Comparison, section: Section) -> list[str]:
     """A section's table; a method whose runs are not all there has a row that says so."""
     plan = comparison.plan
-
-    def title(name: str) -> str:
-        return plan.methods[name].title or name
+    names = [*section.methods, *filter(None, [section.reference])]
+    rows = {name: comparison.results(section, name) for name in names}
 
     def values(name: str, metric: str, dataset: str = plan.report_on) -> list[float]:
-        return [_metric(row, dataset, metric) for row in comparison.results(section, name)]
+        return [_metric(row, dataset, metric) for row in rows[name]]
 
-    def complete(name: str) -> bool:
-        return len(comparison.results(section, name)) == section.seeds
+    def over(name: str, other: str) -> tuple[str, str]:
+        if name == other or len(rows[other]) < section.seeds:
+            return "", ""
+        return _difference(values(name, "AP"), values(other, "AP"))
 
     alone = [x for x in section.methods if not (plan.methods[x].losses or plan.methods[x].combine)]
     columns = ["method", "chosen on val", "AP"]
     if alone:
         columns.append("over the student alone")
     if section.reference:
-        columns.append(f"over {title(section.reference)}")
+        columns.append(f"over {comparison.title(section.reference)}")
     columns += ["AP50", "AP75", "AP, val"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for name in section.methods:
-        cells = [title(name), _setting_text(comparison, section, name)]
-        rows = comparison.results(section, name)
-        if not complete(name):
-            missing = f"{len(rows)} of {section.seeds} runs made"
-            cells += [missing] + [""] * (len(columns) - 3)
-        elif diverged := sum("diverged" in row for row in rows):
-            cells += [f"{diverged} of {section.seeds} diverged"] + [""] * (len(columns) - 3)
+        cells = [comparison.title(name), _setting_text(comparison, section, name)]
+        if len(rows[name]) < section.seeds:
+            cells.append(f"{len(rows[name])} of {section.seeds} runs made")
+        elif diverged := sum("diverged" in row for row in rows[name]):
+            cells.append(f"{diverged} of {section.seeds} diverged")
         else:
-            cells.append(_spread(values(name, "AP")))
-            for other, tested in ((alone[:1], False), ([section.reference], True)):
-                if other and other[0]:
-                    text = p = ""
-                    if other[0] != name and complete(other[0]):
-                        text, p = _difference(values(name, "AP"), values(other[0], "AP"))
-                    cells.append(f"{text}, {p}" if tested and p else text)
-            cells += [_spread(values(name, x)) for x in ("AP50", "AP75")]
-            cells.append(_spread(values(name, "AP", plan.choose_on)))
+            cells.append(spread(values(name, "AP")))
+            if alone:
+                cells.append(over(name, alone[0])[0])
+            if section.reference:
+                cells.append(", ".join(filter(None, over(name, section.reference))))
+            cells += [spread(values(name, x)) for x in ("AP50", "AP75")]
+            cells.append(spread(values(name, "AP", plan.choose_on)))
+        cells += [""] * (len(columns) - len(cells))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -601,15 +594,14 @@ def _plot(comparison: Comparison, section: Section, path: Path) -> None:
     from matplotlib.figure import Figure
 
     plan = comparison.plan
-    done = {name: comparison.results(section, name) for name in section.methods}
-    needed = "history" if section.plot == "iterations" else "metrics"
+    curves = section.plot == "iterations"
+    needed = "history" if curves else "metrics"
+    made = {name: comparison.results(section, name) for name in section.methods}
     done = {
         name: rows
-        for name, rows in done.items()
-        if len(rows) == section.seeds > 0 and all(needed in row for row in rows)
+        for name, rows in made.items()
+        if len(rows) == section.seeds and all(needed in row for row in rows)
     }
-    titles = {name: plan.methods[name].title or name for name in done}
-    curves = section.plot == "iterations"
     height = 4.5 if curves else 0.9 + 0.3 * len(done)
     figure = Figure(figsize=(8, height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -619,9 +611,11 @@ def _plot(comparison: Comparison, section: Section, path: Path) -> None:
             iterations = [x for x, _ in rows[0]["history"]]
             aps = [[ap[plan.report_on] for _, ap in row["history"]] for row in rows]
             mean = [statistics.mean(x) for x in zip(*aps)]
-            spread = [statistics.stdev(x) if len(x) > 1 else 0.0 for x in zip(*aps)]
-            line = axes.plot(iterations, mean, marker="o", markersize=3, label=titles[name])[0]
-            low, high = ([m + k * s for m, s in zip(mean, spread)] for k in (-1, 1))
+            deviation = [statistics.stdev(x) if len(x) > 1 else 0.0 for x in zip(*aps)]
+            line = axes.plot(
+                iterations, mean, marker="o", markersize=3, label=comparison.title(name)
+            )[0]
+            low, high = ([m + k * s for m, s in zip(mean, deviation)] for k in (-1, 1))
             axes.fill_between(iterations, low, high, color=line.get_color(), alpha=0.12)
         else:
             values = [_metric(row, plan.report_on, "AP") for row in rows]
@@ -634,7 +628,7 @@ def _plot(comparison: Comparison, section: Section, path: Path) -> None:
         if done:
             axes.legend()
     else:
-        axes.set_yticks(range(len(done)), list(titles.values()))
+        axes.set_yticks(range(len(done)), [comparison.title(name) for name in done])
         axes.invert_yaxis()
         axes.set_xlabel(f"AP, {plan.report_on}; a dot a seed, a line their mean")
     figure.savefig(path, dpi=110)

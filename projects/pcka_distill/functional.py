@@ -84,6 +84,11 @@ def widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def unit_peak(x: Tensor) -> Tensor:
+    """X of a scale at which squares neither overflow nor vanish, for what does not depend on it."""
+    return x / x.detach().abs().amax().clamp(min=torch.finfo(x.dtype).tiny)
+
+
 def _standardize(x: Tensor, center: bool) -> tuple[Tensor, Tensor]:
     """Centre x (..., N, P) over its samples and scale it to unit maximum.
 
@@ -491,11 +496,8 @@ def pcka_loss(
 
 def _channel_weights(teacher: Tensor) -> Tensor:
     """(C,), of mean 1, in proportion to the variance of each channel of (B, C, H, W)."""
-    x = widen(teacher.detach())
-    # Of unit peak, so that no square overflows or vanishes.
-    x = x / x.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)
-    variance = x.var((0, 2, 3), correction=0)
-    return variance / variance.mean().clamp(min=torch.finfo(x.dtype).tiny)
+    variance = unit_peak(widen(teacher.detach())).var((0, 2, 3), correction=0)
+    return variance / variance.mean().clamp(min=torch.finfo(variance.dtype).tiny)
 
 
 def fcka_loss(student: Tensor, teacher: Tensor, *, center: bool = True) -> Tensor:

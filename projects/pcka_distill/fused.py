@@ -130,6 +130,15 @@ class Resize:
         return self._small.permute(1, 2, 0, 3)
 
 
+def _varies(left: Tensor, lost: Tensor) -> Tensor:
+    """Where sums of squares are more than the rounding error of the means that were taken out.
+
+    NaN must stay visible (it compares False both ways), so this tests for "does not vary".
+    """
+    info = torch.finfo(left.dtype)
+    return ~(left <= ((16 * info.eps) ** 2 * (left + lost)).clamp(min=info.tiny))
+
+
 def _signed_(
     z: Tensor,
     n: int,
@@ -145,7 +154,6 @@ def _signed_(
         center: likewise.
         parts: (weight, dimension to centre over), those of no weight left out.
     """
-    info = torch.finfo(z.dtype)
     loss = z.new_zeros(())
     made = []
     for weight, dim in parts:
@@ -156,8 +164,7 @@ def _signed_(
             x = x - mean
             lost = x.shape[dim] * mean.square().sum((-2, -1), keepdim=True)
         square = x.square().sum((-2, -1), keepdim=True)
-        # As in _relation.
-        varies = ~(square <= ((16 * info.eps) ** 2 * (square + lost)).clamp(min=info.tiny))
+        varies = _varies(square, lost)
         inverse = torch.where(varies, square, 1).rsqrt() * varies
         x = x * inverse
         similarity = (x[0] * x[1]).sum((-2, -1), keepdim=True)
@@ -185,11 +192,8 @@ def _relation(
         weight * the dissimilarity, summed over the pairs, and two (G, N, N): its gradient is the
         first times X plus the second times Y, or for intra, where both are of X, times X.
     """
-    info = torch.finfo(grams.dtype)
     trace = grams.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    # So small a trace is the rounding error of the means that were taken out. NaN must stay
-    # visible (it compares False both ways), so test for "does not vary".
-    varies = ~(trace <= ((16 * info.eps) ** 2 * (trace + lost)).clamp(min=info.tiny))
+    varies = _varies(trace, lost)
     # A CKA does not depend on the scale: Grams of unit trace can be squared, whatever theirs was.
     scale = torch.where(varies, trace, 1).reciprocal() * varies
     k, l = grams = grams * scale

@@ -21,6 +21,7 @@ __all__ = [
     "FeatureLoss",
     "LogitLoss",
     "check_relation_weights",
+    "check_temperature",
 ]
 
 DISTILL_LOSS_REGISTRY = Registry("DISTILL_LOSS")
@@ -308,3 +309,9 @@ def check_relation_weights(loss: DistillLoss, intra: float, inter: float) -> Non
             f"{type(loss).__name__}: one of INTRA_WEIGHT and INTER_WEIGHT must be positive, and "
             f"none negative; got {intra} and {inter}"
         )
+
+
+def check_temperature(loss: DistillLoss, temperature: float) -> None:
+    """Refuse a temperature that is not positive."""
+    if temperature <= 0:
+        raise UserError(f"{type(loss).__name__}: TEMPERATURE must be positive, got {temperature}")

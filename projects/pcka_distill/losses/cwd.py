@@ -8,8 +8,7 @@ from detectron2.config import configurable
 from torch import Tensor
 
 from pcka_distill.baselines import cwd_loss
-from pcka_distill.errors import UserError
-from pcka_distill.losses.base import DISTILL_LOSS_REGISTRY, FeatureLoss
+from pcka_distill.losses.base import DISTILL_LOSS_REGISTRY, FeatureLoss, check_temperature
 
 __all__ = ["CWDLoss"]
 
@@ -31,8 +30,7 @@ class CWDLoss(FeatureLoss):
     @configurable
     def __init__(self, *, temperature: float = 1.0, **common: Any) -> None:
         super().__init__(**common)
-        if temperature <= 0:
-            raise UserError(f"CWDLoss: TEMPERATURE must be positive, got {temperature}")
+        check_temperature(self, temperature)
         self.temperature = temperature
 
     def compare(self, level: str, student: Tensor, teacher: Tensor) -> Tensor:

@@ -9,7 +9,12 @@ from torch import Tensor
 
 from pcka_distill.baselines import dist_loss
 from pcka_distill.errors import UserError
-from pcka_distill.losses.base import DISTILL_LOSS_REGISTRY, LogitLoss, check_relation_weights
+from pcka_distill.losses.base import (
+    DISTILL_LOSS_REGISTRY,
+    LogitLoss,
+    check_relation_weights,
+    check_temperature,
+)
 
 __all__ = ["DISTLoss"]
 
@@ -38,8 +43,7 @@ class DISTLoss(LogitLoss):
     ) -> None:
         super().__init__(**common)
         check_relation_weights(self, intra_weight, inter_weight)
-        if temperature <= 0:
-            raise UserError(f"DISTLoss: TEMPERATURE must be positive, got {temperature}")
+        check_temperature(self, temperature)
         self.options = {
             "inter_weight": inter_weight,
             "intra_weight": intra_weight,

@@ -8,8 +8,7 @@ from detectron2.config import configurable
 from torch import Tensor
 
 from pcka_distill.baselines import kd_loss
-from pcka_distill.errors import UserError
-from pcka_distill.losses.base import DISTILL_LOSS_REGISTRY, LogitLoss
+from pcka_distill.losses.base import DISTILL_LOSS_REGISTRY, LogitLoss, check_temperature
 
 __all__ = ["KDLoss"]
 
@@ -29,8 +28,7 @@ class KDLoss(LogitLoss):
     @configurable
     def __init__(self, *, temperature: float = 1.0, **common: Any) -> None:
         super().__init__(**common)
-        if temperature <= 0:
-            raise UserError(f"KDLoss: TEMPERATURE must be positive, got {temperature}")
+        check_temperature(self, temperature)
         self.temperature = temperature
 
     def compare(
