@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import torch
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
 
 from pcka_distill import get_distill_cfg
 
@@ -13,6 +15,12 @@ SHIPPED = ("retinanet", "fcos", "faster_rcnn")
 FAMILIES = (*SHIPPED, "cascade_rcnn", "mask_rcnn", "c4_rcnn", "panoptic_fpn")
 LEVELS = dict.fromkeys(FAMILIES, ("p3", "p4", "p5")) | {"c4_rcnn": ("res4",)}
 STAGES = dict.fromkeys(FAMILIES, ("",)) | {"cascade_rcnn": ("_stage0", "_stage1", "_stage2")}
+
+# Of the student; its batch norm would relate the images of a part to one another.
+FROZEN_NORM = (
+    *("MODEL.RESNETS.NORM", "FrozenBN"),
+    *("MODEL.DISTILL.TEACHER.OPTS", ["MODEL.RESNETS.NORM", "BN"]),
+)
 
 
 def student_yaml(family):
@@ -73,3 +81,19 @@ def make_batch(seed=0, sizes=((96, 96), (96, 96))):
             {"image": image, "instances": instances, "sem_seg": sem_seg, "height": h, "width": w}
         )
     return batch
+
+
+def build_distilled(family, teacher_files, *opts):
+    """Of the same weights whenever it is called."""
+    torch.manual_seed(0)
+    return build_model(distill_cfg(family, teacher_files[family], *opts))
+
+
+def gradients(model, batch):
+    """(losses, gradients) of one forward; the random numbers that it draws are always the same."""
+    model.zero_grad()
+    torch.manual_seed(1)
+    with EventStorage(0):
+        losses = model(batch)
+    sum(losses.values()).backward()
+    return losses, {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}

@@ -332,11 +332,11 @@ def test_plans_that_cannot_be_used(plan, old, new, message):
 
 
 def test_a_loss_that_is_not_finite_is_known_as_such(tmp_path):
-    """By what Detectron2 says of it, on several lines, in the part of the log that is new."""
+    """By the error that it ended with, in the part of the log that is new."""
     opts = ["SOLVER.MAX_ITER", 30, "SOLVER.WARMUP_ITERS", 0, "SOLVER.IMS_PER_BATCH", 2]
     opts += ["DATASETS.TEST", [], "SOLVER.BASE_LR"]
     config = "configs/Digits/retinanet_student.yaml"
-    with pytest.raises(Diverged, match=r"the run in .* failed: FloatingPointError: Loss bec"):
+    with pytest.raises(Diverged, match=r"the run in .* failed: error: not finite: .*loss_"):
         run(config, tmp_path, [*opts, 1e30], label="")
     (tmp_path / "config.yaml").unlink()
     with pytest.raises(UserError, match=r"SOLVER\.MAX_ITER is 0") as other:

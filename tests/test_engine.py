@@ -215,7 +215,14 @@ BAD = {
         ["MODEL.DISTILL.TEACHER.OPTS", "['MODEL.BACKBONE.NAME','bilud']"],
         "the teacher cannot be built: .*'bilud'",
     ),
-    "mixed precision": (["SOLVER.AMP.ENABLED", True], "SOLVER.AMP.ENABLED needs a CUDA device"),
+    "mixed precision": (
+        ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "float16"],
+        "SOLVER.AMP.PRECISION float16 needs a CUDA device",
+    ),
+    "unknown precision": (
+        ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "fp8"],
+        "unknown SOLVER.AMP.PRECISION 'fp8', expected 'float16', 'bfloat16', or ''",
+    ),
     "dataset files": (["DATASETS.TRAIN", "['coco_2017_train']"], "is not there: .*DETECTRON2_DATA"),
     "no dataset": (["DATASETS.TRAIN", "[]"], "DATASETS.TRAIN is empty"),
     "iterations": (["SOLVER.MAX_ITER", 0], "SOLVER.MAX_ITER is 0; it must be positive"),
@@ -440,8 +447,9 @@ def test_an_error_in_a_launched_process_is_one_line_too(monkeypatch):
 
 
 def test_more_gpus_than_there_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr("sys.argv", ["train_net.py", "--num-gpus", "64"])
-    with pytest.raises(SystemExit, match=r"^error: --num-gpus is 64 and \d+ CUDA devices"):
+    with pytest.raises(SystemExit, match=r"^error: --num-gpus is 64 and 2 CUDA devices"):
         cli()
 
 

@@ -1,4 +1,3 @@
-import functools
 import logging
 import pickle
 from pathlib import Path
@@ -123,13 +122,15 @@ def test_truncated_checkpoint(model, state, tmp_path):
         load_teacher_weights(model, path)
 
 
-def test_more_than_tensors_in_the_file(model, state, tmp_path, monkeypatch):
-    """torch >= 2.6 refuses it in a paragraph about an argument that no user here passes."""
-    monkeypatch.setattr(torch, "load", functools.partial(torch.load, weights_only=True))
+def test_more_than_tensors_in_the_file(model, state, tmp_path):
+    """It is refused, with the reason; and read where one says that one trusts it."""
     path = tmp_path / "old.pth"
     torch.save({"model": state, "author": Author()}, path)
-    with pytest.raises(UserError, match=r"more than tensors.*weights_only=False.*NEW\.pth"):
+    with pytest.raises(
+        UserError, match=r"more than tensors .*Author.*MODEL\.TRUST_CHECKPOINT True"
+    ):
         load_teacher_weights(model, str(path))
+    assert load_teacher_weights(model, str(path), trusted=True) == len(state)
 
 
 def test_no_network(model, monkeypatch):
@@ -272,7 +273,7 @@ def test_a_zoo_name_brings_its_own_weights(teacher_files, monkeypatch):
     asked = []
     monkeypatch.setattr(
         "pcka_distill.build.load_teacher_weights",
-        lambda model, path, allow_partial: asked.append(path) or 0,
+        lambda model, path, **_: asked.append(path) or 0,
     )
     cfg = distill_cfg("retinanet", "")
     cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"

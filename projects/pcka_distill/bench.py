@@ -153,8 +153,7 @@ def run(
             with open(folder / "train.log", "rb") as log:
                 log.seek(said)
                 lines = log.read().decode(errors="replace").strip().splitlines()
-            # Detectron2 says on more lines which loss it was.
-            diverged = [x for x in lines if x.startswith("FloatingPointError")]
+            diverged = [x for x in lines if x.startswith("error: not finite: ")]
             last = "".join((diverged or lines)[-1:])
             what = label or f"the run in {folder}"
             message = f"{what} failed: {last} (all of it: {folder / 'train.log'})"

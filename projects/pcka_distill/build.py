@@ -334,7 +334,9 @@ def build_teacher(cfg: CfgNode, *, read_classes: bool = True) -> FrozenTeacher:
             f"the teacher pads images to {square} x {square} pixels and INPUT.MAX_SIZE_TRAIN is "
             f"{cfg.INPUT.MAX_SIZE_TRAIN}; set it to at most {square}"
         )
-    loaded = load_teacher_weights(model, weights, allow_partial=node.ALLOW_PARTIAL)
+    loaded = load_teacher_weights(
+        model, weights, allow_partial=node.ALLOW_PARTIAL, trusted=cfg.MODEL.TRUST_CHECKPOINT
+    )
     logger.info(
         f"Teacher: {type(model).__name__} of {node.CONFIG_FILE}, "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "

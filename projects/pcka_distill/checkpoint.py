@@ -1,12 +1,55 @@
-"""Loading that says what did not match, instead of only logging it."""
+"""Checkpoints: whole on disk, read without running what they hold, and compared to the model."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import contextlib
+import os
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
+import numpy as np
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from fvcore.common.checkpoint import Checkpointer
 
-__all__ = ["Mismatch", "StrictCheckpointer"]
+from pcka_distill.errors import UserError, reason
+
+__all__ = ["Mismatch", "SafeCheckpointer", "StrictCheckpointer", "write_whole"]
+
+_PARTIAL = ".partial"
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file so that, whenever the machine stops, the old or the new one is whole.
+
+    Raises:
+        OSError: it cannot be written; the old one is still there.
+    """
+    partial = path.with_name(path.name + _PARTIAL)
+    try:
+        with open(partial, "wb") as f:
+            try:
+                write(f)
+                f.flush()
+            except RuntimeError as e:
+                # torch's writer says of a full disk that its position is not the one it expected.
+                raise OSError(reason(e)) from e
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+        # The name too has to reach the disk, and before the name of a later file does.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 class Mismatch(NamedTuple):
@@ -34,7 +77,125 @@ def _shorten(keys: list[str], limit: int = 8) -> str:
     return ", ".join(keys[:limit]) + more
 
 
-class StrictCheckpointer(DetectionCheckpointer):
+class _Refused(pickle.UnpicklingError):
+    """A pickle that names a function we do not know."""
+
+
+class _Tensors(pickle.Unpickler):
+    """Reads what Detectron2's model zoo has in its .pkl files: numpy arrays, and nothing else."""
+
+    _ALLOWED = {  # noqa: RUF012  (no dataclass)
+        ("collections", "OrderedDict"): OrderedDict,
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._ALLOWED:
+            return self._ALLOWED[module, name]
+        # numpy moved them in its version 2.
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            if name == "_reconstruct":
+                return np.zeros(0).__reduce__()[0]
+            if name == "scalar":
+                return np.float64(0).__reduce__()[0]
+        if (module, name) == ("_codecs", "encode"):
+            # Of an array pickled by Python 2: latin1 alone.
+            return _encode_latin1
+        raise _Refused(f"it asks to run {module}.{name}")
+
+
+def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
+    if encoding != "latin1":
+        raise _Refused(f"it asks for the encoding {encoding}")
+    return text.encode("latin1")
+
+
+class _SafeReader(Checkpointer):
+    """What Detectron2's checkpointer asks to read a file of torch, whatever its version."""
+
+    trusted = False
+
+    def _load_file(self, f: str) -> Any:
+        try:
+            return torch.load(f, map_location="cpu", weights_only=not self.trusted)
+        except pickle.UnpicklingError as e:
+            # Of a damaged file it says something else.
+            if not re.search(r"Unsupported (global|class)|Trying to|persistent_load", str(e)):
+                raise
+            raise UserError(_untrusted(f, reason(e))) from e
+
+
+class SafeCheckpointer(DetectionCheckpointer, _SafeReader):
+    """Detectron2's checkpointer, for days of training and for files of others.
+
+    A checkpoint is written beside the last one and takes its name when it is whole on the disk.
+    What is read is tensors and numbers: a file that needs more could run any program, and is
+    refused.
+
+    Args:
+        trusted: read such files all the same.
+    """
+
+    def __init__(self, *args: Any, trusted: bool = False, **checkpointables: Any) -> None:
+        super().__init__(*args, **checkpointables)
+        self.trusted = trusted
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        if not self.save_dir or not self.save_to_disk:
+            return
+        if "://" in self.save_dir:
+            # A store that iopath knows has files whole or not at all, and no names to swap.
+            super().save(name, **kwargs)
+            return
+        content = {"model": self.model.state_dict()}
+        content.update((key, x.state_dict()) for key, x in self.checkpointables.items())
+        content.update(kwargs)
+        path = Path(self.save_dir, f"{name}.pth")
+        self.logger.info(f"Saving checkpoint to {path}")
+        self._write(path, lambda f: torch.save(content, f))
+        self.tag_last_checkpoint(path.name)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        if "://" in self.save_dir:
+            super().tag_last_checkpoint(last_filename_basename)
+            return
+        name = last_filename_basename.encode()
+        self._write(Path(self.save_dir, "last_checkpoint"), lambda f: f.write(name))
+
+    def _write(self, path: Path, write: Callable[[IO[bytes]], object]) -> None:
+        try:
+            write_whole(path, write)
+        except OSError as e:
+            last = self.get_checkpoint_file()
+            kept = f"the last whole one is {last}" if last else "there is none yet"
+            raise UserError(
+                f"checkpoint {path} cannot be written ({reason(e)}); {kept}. Make room or change "
+                "OUTPUT_DIR, and go on with --resume"
+            ) from e
+
+    def _load_file(self, filename: str) -> Any:
+        if not self.trusted and filename.endswith((".pkl", ".pyth")):
+            # Detectron2 reads these itself, any of them; it does so where nothing can be run.
+            if filename.endswith(".pyth"):
+                _SafeReader._load_file(self, filename)
+            else:
+                with open(filename, "rb") as f:
+                    try:
+                        _Tensors(f, encoding="latin1").load()
+                    except _Refused as e:
+                        raise UserError(_untrusted(filename, reason(e))) from e
+        return super()._load_file(filename)
+
+
+def _untrusted(path: str, why: str) -> str:
+    return (
+        f"{path} holds more than tensors and numbers ({why}): reading it could run any program. If "
+        "you trust where it comes from, set MODEL.TRUST_CHECKPOINT True"
+    )
+
+
+class StrictCheckpointer(SafeCheckpointer):
     """Loads a model alone, also from the checkpoint of a distilled student.
 
     Attributes:

@@ -11,7 +11,7 @@ _LOGIT_LOSSES = ("RCKA", "KD", "DKD", "DIST")
 
 
 def add_pcka_distill_config(cfg: CN) -> None:
-    """Add ``MODEL.DISTILL``, ``MODEL.FCOS`` and three keys of ``SOLVER``, with their defaults."""
+    """Add ``MODEL.DISTILL``, ``MODEL.FCOS`` and what trains both, with their defaults."""
     # "SGD" is Detectron2's own. "AdamW" reads SOLVER.BASE_LR and WEIGHT_DECAY. It has to live
     # outside MODEL.DISTILL because a plain student and a teacher are trained with it too.
     # Other projects add the same key: theirs stays.
@@ -21,6 +21,20 @@ def add_pcka_distill_config(cfg: CN) -> None:
     cfg.SOLVER.ACCUMULATION_STEPS = 1
     # Compute the activations of the trained ResNet again in backward instead of keeping them.
     cfg.SOLVER.ACTIVATION_CHECKPOINT = False
+    # What SOLVER.AMP computes in: "float16" (CUDA only), "bfloat16", or "" for float16 on CUDA and
+    # bfloat16 on a CPU.
+    if "PRECISION" not in cfg.SOLVER.AMP:
+        cfg.SOLVER.AMP.PRECISION = ""
+    # How many steps of a run may be left out because a loss or a gradient is not finite; one more
+    # ends it, with a dump of what it came from.
+    cfg.SOLVER.SKIP_NONFINITE = 0
+    # Every so many iterations, log what share each loss has in the student's gradient; 0 for never.
+    # It costs a backward for each loss.
+    cfg.SOLVER.GRADIENT_MONITOR_PERIOD = 0
+    # How many images may be unreadable before the run stops; others stand in for them.
+    cfg.DATALOADER.MAX_UNREADABLE = 0
+    # Read checkpoints that hold more than tensors and numbers, which can run any program.
+    cfg.MODEL.TRUST_CHECKPOINT = False
 
     cfg.MODEL.DISTILL = CN()
     # The student's own meta-architecture, e.g. "RetinaNet"; the rest of MODEL describes it.

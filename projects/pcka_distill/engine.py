@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import errno
 import functools
 import json
 import logging
@@ -11,26 +13,29 @@ import math
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import (
     DatasetCatalog,
     MetadataCatalog,
-    build_detection_train_loader,
     get_detection_dataset_dicts,
 )
 from detectron2.engine import (
     DefaultTrainer,
     HookBase,
+    TrainerBase,
     default_argument_parser,
     default_setup,
     launch,
 )
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
+from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
@@ -41,10 +46,8 @@ from detectron2.solver import build_optimizer
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from torch import nn
+from torch import distributed, nn
 from torch.multiprocessing.spawn import ProcessRaisedException
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pcka_distill.adapters import find_adapter
 from pcka_distill.build import (
@@ -54,66 +57,20 @@ from pcka_distill.build import (
     merge_config,
     student_config,
 )
-from pcka_distill.checkpoint import StrictCheckpointer
+from pcka_distill.checkpoint import SafeCheckpointer, StrictCheckpointer, write_whole
 from pcka_distill.config import add_pcka_distill_config
+from pcka_distill.data.loader import ResumableLoader, build_train_loader, own_random_numbers
 from pcka_distill.errors import UserError, reason
-from pcka_distill.memory import (
-    AccumulatingAMPTrainer,
-    AccumulatingTrainer,
-    checkpoint_activations,
-)
+from pcka_distill.hooks import ProgressBar, RunState, Stopwatch
+from pcka_distill.memory import checkpoint_activations
 from pcka_distill.meta_arch import DistillationModel
+from pcka_distill.step import NonFiniteError, TrainingStep
+from pcka_distill.teacher import fingerprint
 
 __all__ = ["Trainer", "cli", "main", "setup"]
 
 # A child of Detectron2's logger, so that it is seen wherever that one is.
 logger = logging.getLogger(f"detectron2.{__name__}")
-
-
-class Stopwatch(HookBase):
-    """Seconds spent in training steps, over all resumed parts of a run."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._start = 0.0
-
-    def before_step(self) -> None:
-        self._start = time.perf_counter()
-
-    def after_step(self) -> None:
-        self.seconds += time.perf_counter() - self._start
-
-    def state_dict(self) -> dict[str, float]:
-        return {"seconds": self.seconds}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.seconds = state["seconds"]
-
-
-class ProgressBar(HookBase):
-    """A bar with ETA on a terminal; in a file or a pipe the log's own ETA is enough."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
-
-    def before_train(self) -> None:
-        if not sys.stderr.isatty():
-            return
-        loggers = [logging.getLogger(n) for n in ("detectron2", "fvcore")]
-        self._redirect = logging_redirect_tqdm(loggers)
-        self._redirect.__enter__()
-        start, stop = self.trainer.start_iter, self.trainer.max_iter
-        self._bar = tqdm(initial=start, total=stop, desc="train", unit="it", dynamic_ncols=True)
-
-    def after_step(self) -> None:
-        if self._bar is not None:
-            self._bar.update()
-
-    def after_train(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._redirect.__exit__(None, None, None)
-            self._bar = None
 
 
 def _resume_or_load(checkpointer: DetectionCheckpointer, path: str, resume: bool) -> None:
@@ -129,28 +86,112 @@ def _resume_or_load(checkpointer: DetectionCheckpointer, path: str, resume: bool
         checkpointer.resume_or_load(path, resume=resume)
     except (AssertionError, FileNotFoundError, IsADirectoryError) as e:
         raise UserError(f"checkpoint not found: {source}; {advice}") from e
+    except UserError:
+        raise
     except Exception as e:
         # Whatever pickle, zipfile and torch raise on a damaged file: a dozen types.
         raise UserError(f"checkpoint {source} cannot be loaded ({reason(e)}); {advice}") from e
 
 
+@contextlib.contextmanager
+def _no_traceback_of_user_errors() -> Iterator[None]:
+    """Detectron2 logs what ended a training, with its traceback; of ours one line is enough."""
+
+    def unless_ours(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error, UserError)
+
+    theirs = logging.getLogger("detectron2.engine.train_loop")
+    theirs.addFilter(unless_ours)
+    try:
+        yield
+    finally:
+        theirs.removeFilter(unless_ours)
+
+
+_PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def _precision(cfg: CfgNode) -> torch.dtype | None:
+    """Of mixed precision; None for none."""
+    if not cfg.SOLVER.AMP.ENABLED:
+        return None
+    cuda = cfg.MODEL.DEVICE.startswith("cuda")
+    name = cfg.SOLVER.AMP.PRECISION or ("float16" if cuda else "bfloat16")
+    if name not in _PRECISIONS:
+        raise UserError(
+            f"unknown SOLVER.AMP.PRECISION {name!r}, expected {', '.join(map(repr, _PRECISIONS))}, "
+            "or '' for that of the device"
+        )
+    if name == "float16" and not cuda:
+        raise UserError(
+            "SOLVER.AMP.PRECISION float16 needs a CUDA device; set it to bfloat16, or "
+            "SOLVER.AMP.ENABLED False"
+        )
+    return _PRECISIONS[name]
+
+
 class Trainer(DefaultTrainer):
-    """Detectron2's DefaultTrainer with COCO evaluation, AdamW by key, and earlier errors."""
+    """Detectron2's DefaultTrainer: its hooks, solver and evaluators, and errors that come early.
+
+    The step is a :class:`.TrainingStep`, checkpoints are those of a :class:`.SafeCheckpointer`,
+    and the data come from a :class:`.ResumableLoader`.
+    """
 
     def __init__(self, cfg: CfgNode) -> None:
-        # The base class builds its hooks in its constructor.
+        # Detectron2's own constructor makes the step and the checkpointer itself, and wants a GPU
+        # for each of several processes.
+        TrainerBase.__init__(self)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.stopwatch = Stopwatch()
-        super().__init__(cfg)
-        if cfg.SOLVER.ACCUMULATION_STEPS > 1:
-            # Its class alone: whatever this version of Detectron2 gave it stays.
-            amp = cfg.SOLVER.AMP.ENABLED
-            self._trainer.__class__ = AccumulatingAMPTrainer if amp else AccumulatingTrainer
-            self._trainer.parts = cfg.SOLVER.ACCUMULATION_STEPS
-            logger.info(
-                f"Each batch is taken in {self._trainer.parts} parts: losses that relate images to "
-                "one another relate those of a part"
+        # In its order: each may draw random numbers.
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        _check_classes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], model)
+        teacher = getattr(model, "teacher", None)
+        print_of = fingerprint(teacher.model) if teacher is not None else ""
+        if print_of:
+            logger.info(f"Fingerprint of the teacher: {print_of}")
+        if comm.get_world_size() > 1:
+            devices = [comm.get_local_rank()] if cfg.MODEL.DEVICE.startswith("cuda") else None
+            model = nn.parallel.DistributedDataParallel(
+                model, device_ids=devices, broadcast_buffers=False
             )
-        _check_classes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], self.model)
+        precision, parts = _precision(cfg), cfg.SOLVER.ACCUMULATION_STEPS
+        self._trainer = TrainingStep(
+            model,
+            loader,
+            optimizer,
+            parts=parts,
+            precision=precision,
+            scaler=torch.amp.GradScaler("cuda") if precision is torch.float16 else None,
+            skip_nonfinite=cfg.SOLVER.SKIP_NONFINITE,
+            monitor_period=cfg.SOLVER.GRADIENT_MONITOR_PERIOD,
+            folder=cfg.OUTPUT_DIR,
+            config=cfg.dump(),
+        )
+        if parts > 1:
+            logger.info(
+                f"Each batch is taken in {parts} parts: losses that relate images to one another "
+                "relate those of a part"
+            )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = SafeCheckpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            trusted=cfg.MODEL.TRUST_CHECKPOINT,
+            trainer=weakref.proxy(self),
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self._state = RunState(_student(model), cfg.SOLVER.CHECKPOINT_PERIOD, print_of)
+        self.register_hooks(self.build_hooks())
+
+    def train(self) -> Any:
+        with _no_traceback_of_user_errors():
+            return super().train()
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -161,8 +202,8 @@ class Trainer(DefaultTrainer):
         return model
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> Any:
-        # As Detectron2 makes it, with a look at the records in between.
+    def build_train_loader(cls, cfg: CfgNode) -> ResumableLoader:
+        """Detectron2's, resumable. For a mapper of your own see :func:`.build_train_loader`."""
         keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
         proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN
         records = _records(
@@ -174,7 +215,7 @@ class Trainer(DefaultTrainer):
                 proposal_files=proposals if cfg.MODEL.LOAD_PROPOSALS else None,
             ),
         )
-        return build_detection_train_loader(cfg, dataset=records)
+        return build_train_loader(cfg, records)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -211,9 +252,25 @@ class Trainer(DefaultTrainer):
         hooks: list[HookBase | None] = super().build_hooks()
         # First, so that checkpoints hold the seconds of the step they were made after.
         hooks.insert(0, self.stopwatch)
+        # Last before a checkpoint: what comes after must not draw random numbers.
+        last = next(
+            i for i, x in enumerate(hooks) if isinstance(x, (PeriodicCheckpointer, EvalHook))
+        )
+        hooks.insert(last, self._state)
         if comm.is_main_process():
             hooks.insert(1, ProgressBar())
         return hooks
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> Any:
+        """Detectron2's; training goes on afterwards as if there had been no evaluation."""
+        if comm.get_world_size() > 1:
+            # Batch norms have statistics of their own in every process: those that are saved, of
+            # the first, are those to evaluate.
+            for x in model.buffers():
+                distributed.broadcast(x, 0)
+        with own_random_numbers():
+            return super().test(cfg, model, evaluators)
 
     def resume_or_load(self, resume: bool = True) -> None:
         _resume_or_load(self.checkpointer, self.cfg.MODEL.WEIGHTS, resume)
@@ -306,7 +363,7 @@ def _check_datasets(names: list[str]) -> None:
 
 def _check(cfg: CfgNode, args: argparse.Namespace) -> None:
     """What can be known to fail before anything is built."""
-    processes = max(1, args.num_gpus) * args.num_machines
+    processes = comm.get_world_size()
     batch = cfg.SOLVER.IMS_PER_BATCH
     # Detectron2 scales the batch from the reference number of processes to the actual one.
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE or processes
@@ -320,8 +377,8 @@ def _check(cfg: CfgNode, args: argparse.Namespace) -> None:
             f"SOLVER.IMS_PER_BATCH is {batch}; it must be a positive multiple of {name} "
             f"({reference}){times}"
         )
-    if not args.eval_only and cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda"):
-        raise UserError("SOLVER.AMP.ENABLED needs a CUDA device; set it False")
+    if not args.eval_only:
+        _precision(cfg)
     if not args.eval_only and cfg.SOLVER.MAX_ITER < 1:
         raise UserError(f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}; it must be positive")
     if not args.eval_only and not cfg.DATASETS.TRAIN:
@@ -377,19 +434,27 @@ def setup(args: argparse.Namespace) -> CfgNode:
         )
     if comm.is_main_process():
         # What stock Detectron2 needs, beside a checkpoint, to run the student.
-        stock = student_config(cfg)
-        own = CfgNode({"SOLVER": {}, "MODEL": {}})
+        stock, own = student_config(cfg), get_cfg()
         add_pcka_distill_config(own)
-        del stock.MODEL["DISTILL"]
-        for key in own.SOLVER:
-            del stock.SOLVER[key]
         # Of another project's FCOS the node stays.
-        mine = stock.MODEL.FCOS.keys() == own.MODEL.FCOS.keys()
-        if mine and stock.MODEL.META_ARCHITECTURE != "FCOS":
-            del stock.MODEL["FCOS"]
-        with open(os.path.join(cfg.OUTPUT_DIR, "student_config.yaml"), "w") as f:
-            f.write(stock.dump())
+        if (
+            stock.MODEL.META_ARCHITECTURE == "FCOS"
+            or stock.MODEL.FCOS.keys() != own.MODEL.FCOS.keys()
+        ):
+            del own.MODEL["FCOS"]
+        _drop_own_keys(stock, own, get_cfg())
+        path = Path(cfg.OUTPUT_DIR, "student_config.yaml")
+        write_whole(path, lambda f: f.write(stock.dump().encode()))
     return cfg
+
+
+def _drop_own_keys(cfg: CfgNode, own: CfgNode, known: CfgNode) -> None:
+    """Remove from a config what own has and Detectron2 does not know."""
+    for key, value in own.items():
+        if key not in known:
+            del cfg[key]
+        elif isinstance(value, CfgNode):
+            _drop_own_keys(cfg[key], value, known[key])
 
 
 def _write_results(
@@ -412,8 +477,8 @@ def _write_results(
             for name, tasks in by_dataset.items()
         },
     }
-    with open(os.path.join(cfg.OUTPUT_DIR, file), "w") as f:
-        json.dump(content, f, indent=1)
+    path, text = Path(cfg.OUTPUT_DIR, file), json.dumps(content, indent=1)
+    write_whole(path, lambda f: f.write(text.encode()))
 
 
 def main(args: argparse.Namespace) -> Any:
@@ -445,21 +510,64 @@ def main(args: argparse.Namespace) -> Any:
         results = Trainer.test(cfg, model)
         _write_results(cfg, "evaluation.json", model, results)
         return results
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    trainer.train()
-    results = trainer._last_eval_results
-    seconds = trainer.stopwatch.seconds
-    _write_results(cfg, "results.json", trainer.model, results, train_seconds=seconds)
+    with _disk_errors(cfg):
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        trainer.train()
+        results = trainer._last_eval_results
+        seconds = trainer.stopwatch.seconds
+        _write_results(cfg, "results.json", trainer.model, results, train_seconds=seconds)
     return results
+
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+
+
+@contextlib.contextmanager
+def _disk_errors(cfg: CfgNode) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in _NO_ROOM:
+            raise
+        raise UserError(
+            f"{e.filename or cfg.OUTPUT_DIR} cannot be written: {e.strerror}; make room or change "
+            "OUTPUT_DIR, and go on from the last checkpoint with --resume"
+        ) from e
+
+
+def _join(args: argparse.Namespace) -> Any:
+    """Run in a process that torchrun started; ``--num-gpus`` and the like are its business."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if cuda else "gloo", timeout=DEFAULT_TIMEOUT)
+    try:
+        size = int(os.environ["LOCAL_WORLD_SIZE"])
+        if hasattr(comm, "create_local_process_group"):
+            comm.create_local_process_group(size)
+        else:
+            # Detectron2 0.6 has it in its launcher alone. Every process takes part in making each.
+            for first in range(0, distributed.get_world_size(), size):
+                ranks = list(range(first, first + size))
+                group = distributed.new_group(ranks)
+                if distributed.get_rank() in ranks:
+                    comm._LOCAL_PROCESS_GROUP = group
+        return main(args)
+    finally:
+        distributed.destroy_process_group()
 
 
 def cli() -> None:
     """The command line: Detectron2's flags, its launcher, and errors on one line."""
     args = default_argument_parser().parse_args()
     try:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            _join(args)
+            return
         devices = torch.cuda.device_count()
-        if args.num_gpus > max(1, devices):
+        # Without any they are processes on the CPU, joined by gloo.
+        if args.num_gpus > devices > 0:
             raise UserError(f"--num-gpus is {args.num_gpus} and {devices} CUDA devices are here")
         launch(
             main,
@@ -474,7 +582,7 @@ def cli() -> None:
     except ProcessRaisedException as e:
         # A child of the launcher failed: of a UserError only the message is news.
         kind, _, message = str(e).strip().splitlines()[-1].partition(": ")
-        if not kind.endswith("UserError"):
+        if not kind.endswith((UserError.__name__, NonFiniteError.__name__)):
             raise
         sys.exit(f"error: {message}")
     except KeyboardInterrupt:

@@ -1,5 +1,6 @@
 """The one exception that is meant for the person at the keyboard."""
 
+import re
 from urllib.error import URLError
 
 
@@ -17,11 +18,10 @@ def reason(e: BaseException) -> str:
     text = " ".join(str(e.args[0] if isinstance(e, KeyError) and e.args else e).split())
     if isinstance(e, URLError):
         return f"it could not be downloaded: {text}; fetch it by hand and name the file"
-    if "weights_only" in text:
-        # torch >= 2.6 says it in a paragraph whose advice is an argument that nobody here passes.
-        return (
-            "it holds more than tensors, which torch does not read unasked; if you trust where it "
-            "comes from, keep its weights alone: torch.save({'model': torch.load('OLD.pth', "
-            "weights_only=False)['model']}, 'NEW.pth')"
-        )
+    # torch >= 2.6 says it in a paragraph of advice for those who call it.
+    cause = re.search(
+        r"WeightsUnpickler error: (.*?)(?= Please use | Check the documentation|$)", text
+    )
+    if cause:
+        return cause[1]
     return text or type(e).__name__

@@ -1,86 +1,18 @@
-"""The same updates in less memory: gradient accumulation and activation checkpointing."""
+"""The same updates in less memory: activations that are computed twice instead of kept."""
 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from detectron2.engine import AMPTrainer, SimpleTrainer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pcka_distill.errors import UserError
 
-__all__ = ["AccumulatingAMPTrainer", "AccumulatingTrainer", "checkpoint_activations"]
-
-
-class AccumulatingTrainer(SimpleTrainer):
-    """Detectron2's trainer, with each batch taken in several parts.
-
-    The update is that of the parts' gradients, averaged by their images, as if each were the share
-    of a process. It is that of the whole batch where losses are means over images. It is not where
-    they relate images to one another: batch norm, RCKA on box heads, and PCKA in every layout but
-    ``per_image`` then relate those of a part. The running normaliser of RetinaNet and FCOS takes a
-    step with every part.
-
-    Attributes:
-        parts: how many.
-    """
-
-    parts = 1
-
-    def run_step(self) -> None:
-        _accumulated_step(self, self.parts, contextlib.nullcontext())
-
-
-class AccumulatingAMPTrainer(AMPTrainer):
-    """:class:`AccumulatingTrainer` in mixed precision."""
-
-    parts = 1
-
-    def run_step(self) -> None:
-        # Older Detectron2 knows one precision only.
-        dtype = getattr(self, "precision", torch.float16)
-        _accumulated_step(self, self.parts, torch.autocast("cuda", dtype=dtype))
-
-
-def _accumulated_step(
-    trainer: Any, parts: int, precision: contextlib.AbstractContextManager[Any]
-) -> None:
-    assert trainer.model.training, "the model was changed to eval mode"
-    parallel = isinstance(trainer.model, nn.parallel.DistributedDataParallel)
-    start = time.perf_counter()
-    data = next(trainer._data_loader_iter)
-    data_time = time.perf_counter() - start
-    scaler = getattr(trainer, "grad_scaler", None)
-    trainer.optimizer.zero_grad()
-    totals: dict[str, Tensor] = {}
-    size = -(-len(data) // parts)
-    for first in range(0, len(data), size):
-        part = data[first : first + size]
-        # Processes exchange their gradients once, after the last part.
-        quiet: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if parallel and first + size < len(data):
-            quiet = trainer.model.no_sync()
-        with quiet:
-            with precision:
-                share = len(part) / len(data)
-                losses = {name: share * x for name, x in trainer.model(part).items()}
-                total = sum(losses.values())
-            (total if scaler is None else scaler.scale(total)).backward()
-        for name, x in losses.items():
-            totals[name] = totals[name] + x.detach() if name in totals else x.detach()
-    if hasattr(trainer, "after_backward"):
-        trainer.after_backward()
-    trainer._write_metrics(totals, data_time)
-    if scaler is None:
-        trainer.optimizer.step()
-    else:
-        scaler.step(trainer.optimizer)
-        scaler.update()
+__all__ = ["checkpoint_activations"]
 
 
 class _CheckpointedStage(nn.Sequential):

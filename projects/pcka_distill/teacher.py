@@ -123,7 +123,9 @@ def digest_of(state: Mapping[str, Any], about: str = "") -> str:
     return digest.hexdigest()
 
 
-def load_teacher_weights(model: nn.Module, path: str, *, allow_partial: bool = False) -> int:
+def load_teacher_weights(
+    model: nn.Module, path: str, *, allow_partial: bool = False, trusted: bool = False
+) -> int:
     """Load a teacher's checkpoint and refuse anything less than all of it.
 
     A checkpoint that has *more* than the model is refused as well: the weights of an R101 fill an
@@ -133,6 +135,7 @@ def load_teacher_weights(model: nn.Module, path: str, *, allow_partial: bool = F
         model: the teacher's architecture.
         path: a file or anything that Detectron2 can resolve (``detectron2://``, ``https://``).
         allow_partial: only warn.
+        trusted: read a file that holds more than tensors, and can run any program.
 
     Returns:
         the number of tensors loaded.
@@ -144,12 +147,14 @@ def load_teacher_weights(model: nn.Module, path: str, *, allow_partial: bool = F
         raise UserError(
             "the teacher has no weights; set MODEL.DISTILL.TEACHER.WEIGHTS to its checkpoint"
         )
-    checkpointer = StrictCheckpointer(model)
+    checkpointer = StrictCheckpointer(model, trusted=trusted)
     try:
         local = checkpointer.path_manager.get_local_path(path)
         if not os.path.isfile(local):
             raise FileNotFoundError(local)
         checkpointer.load(path)
+    except UserError:
+        raise
     except (FileNotFoundError, IsADirectoryError) as e:
         raise UserError(
             f"teacher weights not found: {path}; set MODEL.DISTILL.TEACHER.WEIGHTS to a checkpoint"

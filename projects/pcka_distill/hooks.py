@@ -1,0 +1,165 @@
+"""What happens around a training step: time, progress, and all that a resumed run goes on with."""
+
+from __future__ import annotations
+
+import logging
+import random
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from torch import nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from pcka_distill.errors import UserError
+
+__all__ = ["ProgressBar", "RunState", "Stopwatch"]
+
+# A child of Detectron2's logger, so that it is seen wherever that one is.
+logger = logging.getLogger(f"detectron2.{__name__}")
+
+
+class Stopwatch(HookBase):
+    """Seconds spent in training steps, over all resumed parts of a run."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._start = 0.0
+
+    def before_step(self) -> None:
+        self._start = time.perf_counter()
+
+    def after_step(self) -> None:
+        self.seconds += time.perf_counter() - self._start
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.seconds = state["seconds"]
+
+
+class ProgressBar(HookBase):
+    """A bar with ETA on a terminal; in a file or a pipe the log's own ETA is enough."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+
+    def before_train(self) -> None:
+        if not sys.stderr.isatty():
+            return
+        loggers = [logging.getLogger(n) for n in ("detectron2", "fvcore")]
+        self._redirect = logging_redirect_tqdm(loggers)
+        self._redirect.__enter__()
+        start, stop = self.trainer.start_iter, self.trainer.max_iter
+        self._bar = tqdm(initial=start, total=stop, desc="train", unit="it", dynamic_ncols=True)
+
+    def after_step(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def after_train(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._redirect.__exit__(None, None, None)
+            self._bar = None
+
+
+class RunState(HookBase):
+    """What a checkpoint of Detectron2 lacks: random numbers, and the running normalisers.
+
+    With it, and with the data where it was (:class:`.ResumableLoader`), a run that was stopped
+    ends with the weights of one that was not, bit for bit. It also refuses to go on with another
+    teacher.
+
+    Args:
+        model: the student; RetinaNet and FCOS keep a running normaliser outside their state.
+        period: of checkpoints.
+        teacher: fingerprint of the teacher, empty without one.
+    """
+
+    def __init__(self, model: nn.Module, period: int, teacher: str = "") -> None:
+        self._model = model
+        self._period = period
+        self._teacher = teacher
+        self._saved: dict[str, Any] = {}
+        self._found: dict[str, Any] = {}
+
+    def before_train(self) -> None:
+        step = self.trainer._trainer
+        step.data_loader.first_batch = self.trainer.start_iter
+        # It draws a random number, so it comes before they are put where they were.
+        step.begin()
+        found, self._found = self._found, {}
+        if not found:
+            return
+        world, rank = comm.get_world_size(), comm.get_rank()
+        if len(found["processes"]) != world:
+            logger.warning(
+                f"The run was made by {len(found['processes'])} processes and goes on with "
+                f"{world}: its random numbers are others from here on"
+            )
+        if rank < len(found["processes"]):
+            self._restore(found["processes"][rank])
+
+    def after_step(self) -> None:
+        next_iter = self.trainer.iter + 1
+        if next_iter == self.trainer.max_iter or (
+            self._period > 0 and next_iter % self._period == 0
+        ):
+            # All processes are here at the same time; only the first writes the checkpoint.
+            states = comm.gather(self._state())
+            self._saved = {"teacher": self._teacher, "processes": states}
+
+    def state_dict(self) -> dict[str, Any]:
+        # Of a checkpoint between the periods, by a hook of one's own, all is known if we are alone.
+        if comm.get_world_size() == 1:
+            return {"teacher": self._teacher, "processes": [self._state()]}
+        return self._saved
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        known = state.get("teacher", "")
+        if known and self._teacher and known != self._teacher:
+            raise UserError(
+                f"the run was taught by another teacher (fingerprint {known}) than that of "
+                f"MODEL.DISTILL.TEACHER.WEIGHTS ({self._teacher}); bring the former back, or begin "
+                "a new run in another OUTPUT_DIR"
+            )
+        self._found = state
+
+    def _state(self) -> dict[str, Any]:
+        """Of this process, in types that are read back without running anything."""
+        numpy_state: Any = np.random.get_state()
+        kind, keys, position, has_gauss, gauss = numpy_state
+        version, integers, next_gauss = random.getstate()
+        state = {
+            "python": [version, list(integers), next_gauss],
+            "numpy": [str(kind), torch.from_numpy(keys.astype(np.int64)), position],
+            "numpy_gauss": [has_gauss, float(gauss)],
+            "torch": torch.get_rng_state(),
+            "normalizers": {
+                name: float(module.loss_normalizer)
+                for name, module in self._model.named_modules()
+                if isinstance(getattr(module, "loss_normalizer", None), (int, float))
+            },
+        }
+        if torch.cuda.is_initialized():
+            state["cuda"] = torch.cuda.get_rng_state()
+        return state
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        version, integers, next_gauss = state["python"]
+        random.setstate((version, tuple(integers), next_gauss))
+        kind, keys, position = state["numpy"]
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), position, *state["numpy_gauss"]))
+        torch.set_rng_state(state["torch"])
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+        modules = dict(self._model.named_modules())
+        for name, value in state["normalizers"].items():
+            modules[name].loss_normalizer = value
