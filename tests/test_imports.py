@@ -33,11 +33,12 @@ ALLOWED = {
         "errors", "structures", "recorder", "pairing", "losses", "adapters", "teacher", "build",
     },
     "memory": {"errors"},
+    "preflight": {"errors", "teacher"},
     "hooks": {"errors"},
     "step": {"errors", "checkpoint", "build"},
     "engine": {
         "errors", "config", "data", "checkpoint", "teacher", "adapters", "build", "memory", "hooks",
-        "step", "meta_arch",
+        "preflight", "step", "meta_arch",
     },
     "bench": {"errors", "build"},
     "demo": {"bench", "build"},

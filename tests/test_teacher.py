@@ -147,7 +147,7 @@ def test_batch_norm_counters_do_not_matter(model, state, tmp_path):
     first = next(k for k in state if k.endswith("num_batches_tracked"))
     del state[first]
     state["backbone.fpn_lateral3.norm.num_batches_tracked"] = torch.tensor(3)
-    state["pixel_mean"] = torch.zeros(3, 1, 1)
+    state["pixel_mean"] = torch.full((3, 1, 1), 127.5)
     load_teacher_weights(model, save(tmp_path, state))
 
 

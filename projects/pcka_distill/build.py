@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import importlib.util
 import logging
 import math
 import os
@@ -15,7 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.config import (
+    CfgNode,
+    LazyConfig,
+    downgrade_config,
+    get_cfg,
+    instantiate,
+    upgrade_config,
+)
 from detectron2.config.compat import guess_version
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
@@ -60,6 +68,8 @@ def own_random_stream() -> Iterator[None]:
         yield
 
 
+# A config of Detectron2 has some hundreds.
+_MAX_VALUES = 100_000
 _ADD_KEYS: list[Callable[[CfgNode], None]] = [add_pcka_distill_config]
 
 
@@ -89,25 +99,44 @@ def merge_config(cfg: CfgNode, path: str, opts: list[Any], what: str) -> None:
     [p3, p4] as ['p3', 'p4']. A teacher's config that is found nowhere else is looked for beside
     the file.
 
+    Less forgiving of one thing: a yaml can name functions to call, and Detectron2 calls them. Here
+    only its own configs may, or any if ``TRUST_CONFIG`` is set in cfg or by the overrides.
+
     Raises:
         UserError: the file is not there or is no yaml, or a key or a value does not fit.
     """
+    trusted = cfg.TRUST_CONFIG or "True" in [
+        str(value) for key, value in zip(opts[::2], opts[1::2]) if key == "TRUST_CONFIG"
+    ]
     if path and not os.path.isfile(path):
         raise UserError(f"{what} not found: {path}")
     if path:
         with _config_errors(cfg, f"{what} {path} cannot be used"):
             try:
-                loaded = dict(cfg.load_yaml_with_base(path, allow_unsafe=True))
+                reader = CfgNode if trusted else _SafeConfig
+                loaded = dict(reader.load_yaml_with_base(path, allow_unsafe=trusted))
+            except yaml.constructor.ConstructorError as e:
+                raise ValueError(
+                    f"{reason(e)}: it would run a program; if you trust where it comes from, add "
+                    "TRUST_CONFIG True to the command line"
+                ) from e
+            except RecursionError as e:
+                raise ValueError("its _BASE_, or a value in it, leads back to itself") from e
             except (TypeError, ValueError) as e:
                 # Empty, a list, a word.
                 raise TypeError("it holds no keys") from e
+            if loaded.pop("TRUST_CONFIG", False) and not trusted:
+                raise ValueError("TRUST_CONFIG is for the command line: no file can trust itself")
+            _refuse_bombs(loaded)
             fitted = CfgNode(_fit(loaded, cfg))
             version = fitted.get("VERSION") or guess_version(fitted, path)
             if version == cfg.VERSION:
                 cfg.merge_from_other_cfg(fitted)
             else:
                 # Of another version of Detectron2's keys: it converts them.
-                cfg.merge_from_file(path)
+                old = downgrade_config(cfg, to_version=version)
+                old.merge_from_other_cfg(fitted)
+                cfg.update(upgrade_config(old))
     with _config_errors(cfg, f"override of the {what} cannot be used"):
         known = dict(config_keys(cfg))
         values = [_fit(v, known.get(k)) for k, v in zip(opts[::2], opts[1::2])]
@@ -118,6 +147,35 @@ def merge_config(cfg: CfgNode, path: str, opts: list[Any], what: str) -> None:
     beside = Path(path).parent / name
     if name and beside.is_file() and _find_config(name) is None:
         cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = str(beside)
+
+
+class _SafeConfig(CfgNode):
+    """Reads a config as data; those that ship with Detectron2 may compute a value."""
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> Any:
+        # It is asked again for each _BASE_.
+        return super().load_yaml_with_base(filename, allow_unsafe=_of_detectron2(filename))
+
+
+def _of_detectron2(path: str) -> bool:
+    # In a checkout of Detectron2 the folder of its package is a link to another one.
+    spec = importlib.util.find_spec("detectron2")
+    assert spec is not None and spec.origin is not None
+    folder = Path(spec.origin).parent / "model_zoo" / "configs"
+    return folder.resolve() in Path(path).resolve().parents
+
+
+def _refuse_bombs(node: Any) -> None:
+    """A few lines of yaml can stand for millions of values, by aliases of aliases."""
+    left, todo = _MAX_VALUES, [node]
+    while todo:
+        node = todo.pop()
+        inside = node.values() if isinstance(node, dict) else node
+        todo += inside if isinstance(node, (dict, list, tuple)) else ()
+        left -= 1
+        if left < 0:
+            raise ValueError(f"it holds more than {_MAX_VALUES} values")
 
 
 def config_keys(cfg: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -226,8 +284,9 @@ class _TeacherPlan(NamedTuple):
     description: str
 
 
-def _read_yaml_teacher(path: str, opts: list[Any], device: str) -> _TeacherPlan:
+def _read_yaml_teacher(path: str, opts: list[Any], device: str, trusted: bool) -> _TeacherPlan:
     cfg = get_distill_cfg()
+    cfg.TRUST_CONFIG = trusted
     merge_config(cfg, path, opts, "teacher config")
     # A student that was distilled before can be a teacher now.
     cfg = student_config(cfg)
@@ -274,6 +333,7 @@ def _read_lazy_teacher(path: str, opts: list[Any], device: str) -> _TeacherPlan:
     )
 
 
+_IMAGENET_MEAN = {"BGR": [104, 116, 124], "RGB": [124, 116, 104]}
 _PRECISIONS = {
     "": None,
     "float32": torch.float32,
@@ -313,8 +373,10 @@ def build_teacher(cfg: CfgNode, *, read_classes: bool = True) -> FrozenTeacher:
             "a name in Detectron2's model zoo; change MODEL.DISTILL.TEACHER.CONFIG_FILE"
         )
     path, zoo_name = found
-    read = _read_lazy_teacher if path.endswith(".py") else _read_yaml_teacher
-    plan = read(path, node.OPTS, cfg.MODEL.DEVICE)
+    if path.endswith(".py"):
+        plan = _read_lazy_teacher(path, node.OPTS, cfg.MODEL.DEVICE)
+    else:
+        plan = _read_yaml_teacher(path, node.OPTS, cfg.MODEL.DEVICE, cfg.TRUST_CONFIG)
     weights = node.WEIGHTS
     if zoo_name and not weights:
         from detectron2 import model_zoo
@@ -333,6 +395,12 @@ def build_teacher(cfg: CfgNode, *, read_classes: bool = True) -> FrozenTeacher:
         raise UserError(
             f"the teacher pads images to {square} x {square} pixels and INPUT.MAX_SIZE_TRAIN is "
             f"{cfg.INPUT.MAX_SIZE_TRAIN}; set it to at most {square}"
+        )
+    mean = [round(x) for x in getattr(model, "pixel_mean", torch.zeros(0)).flatten().tolist()]
+    if mean == _IMAGENET_MEAN.get("BGR" if plan.input_format == "RGB" else "RGB"):
+        logger.warning(
+            f"The teacher reads {plan.input_format} images and subtracts ImageNet's mean in the "
+            "other order of channels: check INPUT.FORMAT and MODEL.PIXEL_MEAN of its config"
         )
     loaded = load_teacher_weights(
         model, weights, allow_partial=node.ALLOW_PARTIAL, trusted=cfg.MODEL.TRUST_CHECKPOINT

@@ -33,6 +33,8 @@ def add_pcka_distill_config(cfg: CN) -> None:
     cfg.SOLVER.GRADIENT_MONITOR_PERIOD = 0
     # How many images may be unreadable before the run stops; others stand in for them.
     cfg.DATALOADER.MAX_UNREADABLE = 0
+    # Let a config name functions to call. No file can set it: it is for the command line.
+    cfg.TRUST_CONFIG = False
     # Read checkpoints that hold more than tensors and numbers, which can run any program.
     cfg.MODEL.TRUST_CHECKPOINT = False
 
@@ -52,6 +54,11 @@ def add_pcka_distill_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.TEACHER.OPTS = []
     # Only warn if its checkpoint does not fit it exactly, instead of refusing to run.
     cfg.MODEL.DISTILL.TEACHER.ALLOW_PARTIAL = False
+
+    # Refuse to train if its box AP is lower, in percent, on so many images of the first of
+    # DATASETS.TEST; 0 does not ask.
+    cfg.MODEL.DISTILL.TEACHER.MIN_AP = 0.0
+    cfg.MODEL.DISTILL.TEACHER.MIN_AP_IMAGES = 100
 
     # What it is run in: "float32", "bfloat16", "float16" (CUDA only), or "" for the student's.
     cfg.MODEL.DISTILL.TEACHER.PRECISION = ""

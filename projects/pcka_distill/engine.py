@@ -59,11 +59,13 @@ from pcka_distill.build import (
 )
 from pcka_distill.checkpoint import SafeCheckpointer, StrictCheckpointer, write_whole
 from pcka_distill.config import add_pcka_distill_config
+from pcka_distill.data.check import check_annotations, check_records
 from pcka_distill.data.loader import ResumableLoader, build_train_loader, own_random_numbers
 from pcka_distill.errors import UserError, reason
 from pcka_distill.hooks import ProgressBar, RunState, Stopwatch
 from pcka_distill.memory import checkpoint_activations
 from pcka_distill.meta_arch import DistillationModel
+from pcka_distill.preflight import check_teacher
 from pcka_distill.step import NonFiniteError, TrainingStep
 from pcka_distill.teacher import fingerprint
 
@@ -150,9 +152,12 @@ class Trainer(DefaultTrainer):
         loader = self.build_train_loader(cfg)
         _check_classes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], model)
         teacher = getattr(model, "teacher", None)
-        print_of = fingerprint(teacher.model) if teacher is not None else ""
-        if print_of:
+        print_of = ""
+        if teacher is not None:
+            print_of = fingerprint(teacher.model)
             logger.info(f"Fingerprint of the teacher: {print_of}")
+            with own_random_numbers():
+                check_teacher(cfg, teacher)
         if comm.get_world_size() > 1:
             devices = [comm.get_local_rank()] if cfg.MODEL.DEVICE.startswith("cuda") else None
             model = nn.parallel.DistributedDataParallel(
@@ -281,27 +286,36 @@ class Trainer(DefaultTrainer):
 def _records(
     names: Sequence[str], load: Callable[[], list[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """Load datasets, and look for a few of their images.
+    """Load datasets, and look what can be trained on.
 
     Raises:
         UserError: annotations that are damaged, empty or no COCO json, images that are missing.
     """
-    what = f"dataset {', '.join(names)} cannot be used"
+    name = ", ".join(names)
     try:
         records = load()
     except UserError:
         raise
     except KeyError as e:
-        raise UserError(f"{what}: its annotations have no {e}") from e
-    except (AssertionError, ValueError) as e:
-        raise UserError(f"{what}: {reason(e)}") from e
-    if not records:
-        raise UserError(f"{what}: it has no images")
-    for record in records[:: max(1, len(records) // 16)]:
-        path = record.get("file_name", "")
-        if path and "://" not in path and not os.path.isfile(path):
-            raise UserError(f"{what}: image {path} does not exist")
-    return records
+        raise UserError(f"dataset {name} cannot be used: its annotations have no {e}") from e
+    except Exception as e:
+        # Whatever pycocotools and Detectron2 stumble over in a json: a dozen types.
+        raise UserError(f"dataset {name} cannot be used: {reason(e)}") from e
+    metadata = MetadataCatalog.get(names[0])
+    classes = metadata.get("thing_classes")
+    numbers = metadata.get("thing_dataset_id_to_contiguous_id")
+    if classes and numbers and len(numbers) != len(classes):
+        raise UserError(f"dataset {name} cannot be used: two of its categories have one id")
+    return check_records(records, name, len(classes) if classes else None)
+
+
+def _check_evaluation(name: str) -> None:
+    """Refuse a test set before the training that an evaluation would lose."""
+    kind = _evaluator_type(name)
+    _records([name], functools.partial(DatasetCatalog.get, name))
+    file = MetadataCatalog.get(name).get("json_file")
+    if kind == "coco" and file and os.path.isfile(file):
+        check_annotations(file, name)
 
 
 def _evaluator_type(dataset: str) -> str:
@@ -490,9 +504,7 @@ def main(args: argparse.Namespace) -> Any:
     """
     cfg = setup(args)
     for name in cfg.DATASETS.TEST:
-        _evaluator_type(name)
-        # What is missing there would be missed only after all of the training.
-        _records([name], functools.partial(DatasetCatalog.get, name))
+        _check_evaluation(name)
     if args.eval_only:
         # The student alone: no teacher is built or needed.
         model = build_student(cfg)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import os
-import pickle
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -159,15 +158,20 @@ def load_teacher_weights(
         raise UserError(
             f"teacher weights not found: {path}; set MODEL.DISTILL.TEACHER.WEIGHTS to a checkpoint"
         ) from e
-    except (
-        RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, TypeError,
-        AttributeError, ImportError, IndexError, OSError, zipfile.BadZipFile,
-    ) as e:  # fmt: skip
+    except Exception as e:
+        # Whatever pickle, zipfile and torch raise on a damaged file: a dozen types.
         raise UserError(
             f"teacher weights cannot be read: {path} ({reason(e)}); if the file is damaged or is "
             "no checkpoint, set MODEL.DISTILL.TEACHER.WEIGHTS to another"
         ) from e
 
+    for name, theirs in checkpointer.pixels.items():
+        mine = getattr(model, name).flatten().tolist()
+        if not all(math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-3) for a, b in zip(mine, theirs)):
+            raise UserError(
+                f"teacher weights {path} were trained with {name} {theirs}, and its config has "
+                f"{mine}; correct MODEL.{name.upper()} by MODEL.DISTILL.TEACHER.OPTS"
+            )
     mismatch = checkpointer.mismatch
     if any(mismatch):
         message = f"teacher weights {path} do not fit its config: {mismatch}"

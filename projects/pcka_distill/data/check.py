@@ -1,0 +1,154 @@
+"""What is wrong with a dataset, known before the first iteration."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from numbers import Real
+from typing import Any
+
+from detectron2.structures import BoxMode
+
+from pcka_distill.errors import UserError
+
+__all__ = ["check_annotations", "check_records"]
+
+# A child of Detectron2's logger, so that it is seen wherever that one is.
+logger = logging.getLogger(f"detectron2.{__name__}")
+
+Record = dict[str, Any]
+# Of so many images, spread over the dataset, it is seen whether they are there.
+_FILES = 16
+
+
+def check_records(records: list[Record], name: str, classes: int | None = None) -> list[Record]:
+    """Leave out, count and log what cannot be trained on; refuse what cannot be mended so.
+
+    Left out are images without a size, and boxes that are not four finite numbers, that have no
+    area, or that lie outside of their image. Detectron2 would train on the first until a loss is
+    NaN, and drop the others in silence.
+
+    Args:
+        records: as Detectron2's catalogues give them; not changed.
+        name: of the dataset, for messages.
+        classes: how many it has; None if that is not known.
+
+    Returns:
+        the records that are left.
+
+    Raises:
+        UserError: no image is left, a file that is not there, a class out of range, or a record
+            that is none.
+    """
+    what = f"dataset {name} cannot be used"
+    dropped: dict[str, list[Any]] = {}
+    kept = []
+    for record in records:
+        if not isinstance(record, dict) or not (record.get("file_name") or "image" in record):
+            raise UserError(f"{what}: a record without a file_name: {str(record)[:80]}")
+        image = record.get("image_id", record.get("file_name"))
+        size: tuple[Any, Any] = record.get("width"), record.get("height")
+        if size != (None, None) and not all(_is_number(x) and x >= 1 for x in size):
+            dropped.setdefault("images without a size", []).append(image)
+            continue
+        annotations = record.get("annotations")
+        if annotations is None:
+            kept.append(record)
+            continue
+        left = []
+        for annotation in annotations:
+            number = annotation.get("category_id")
+            if classes is not None and not (isinstance(number, int) and 0 <= number < classes):
+                raise UserError(
+                    f"{what}: image {image} has an object of class {number}, and classes are 0 to "
+                    f"{classes - 1}"
+                )
+            problem = _problem(annotation, size)
+            if problem:
+                dropped.setdefault(problem, []).append(image)
+            else:
+                left.append(annotation)
+        changed = len(left) < len(annotations)
+        kept.append({**record, "annotations": left} if changed else record)
+    for problem, images in dropped.items():
+        first = ", ".join(map(str, dict.fromkeys(images[:5])))
+        logger.warning(
+            f"Dataset {name}: {len(images)} {problem} are left out (first of image {first})"
+        )
+    if not kept:
+        raise UserError(f"{what}: it has no images" + (", of a size" if records else ""))
+    for path in _some_files(kept):
+        if not os.path.isfile(path):
+            raise UserError(f"{what}: image {path} does not exist")
+    return kept
+
+
+def check_annotations(file: str, name: str) -> None:
+    """Refuse a COCO json that its evaluation would stumble over, after all of the training.
+
+    It reads more of it than the training does, and leaves nothing out.
+
+    Args:
+        file: of a dataset that Detectron2 has already loaded.
+        name: of the dataset, for the message.
+
+    Raises:
+        UserError: with the first annotation that is wrong.
+    """
+    with open(file) as f:
+        content = json.load(f)
+    # Of images without annotations, such as COCO's test set, detections are only written.
+    for annotation in content.get("annotations", []):
+        right = {
+            "area": _is_number(annotation.get("area")),
+            "iscrowd": annotation.get("iscrowd") in (0, 1),
+            "bbox": _are_numbers(annotation.get("bbox")),
+            "id": _is_number(annotation.get("id")),
+        }
+        for wrong in (key for key, ok in right.items() if not ok):
+            raise UserError(
+                f"dataset {name} cannot be used: the {wrong} of annotation {annotation.get('id')} "
+                f"is {annotation.get(wrong)!r}, and COCO's evaluation reads it; mend it in {file}"
+            )
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _are_numbers(box: Any) -> bool:
+    """Of a box: a list, a tuple or an array."""
+    try:
+        return len(box) == 4 and all(_is_number(x) for x in box)
+    except TypeError:
+        return False
+
+
+def _problem(annotation: Record, size: tuple[Any, Any]) -> str:
+    """Why a box is left out, or ""."""
+    box: Any = annotation.get("bbox")
+    mode = annotation.get("bbox_mode")
+    if mode not in (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS):
+        # Of rotated boxes and relative ones Detectron2's mapper knows more.
+        return ""
+    if not _are_numbers(box):
+        return "boxes that are not four finite numbers"
+    x1, y1, x2, y2 = box
+    if mode == BoxMode.XYWH_ABS:
+        x2, y2 = x1 + x2, y1 + y2
+    if not (x2 > x1 and y2 > y1):
+        return "boxes without an area"
+    width, height = size
+    if width is not None and not (x1 < width and y1 < height and x2 > 0 and y2 > 0):
+        return "boxes outside of their image"
+    return ""
+
+
+def _some_files(records: list[Record]) -> Iterator[str]:
+    for record in records[:: max(1, len(records) // _FILES)]:
+        path = record.get("file_name", "")
+        if path and "://" not in path:
+            yield path
