@@ -539,12 +539,18 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 def _disk_errors(cfg: CfgNode) -> Iterator[None]:
     try:
         yield
-    except OSError as e:
-        if e.errno not in _NO_ROOM:
+    except UserError:
+        raise
+    except Exception as e:
+        # Writers that are closed after one failed stumble over what it left.
+        error: BaseException | None = e
+        while error is not None and not (isinstance(error, OSError) and error.errno in _NO_ROOM):
+            error = error.__context__
+        if error is None:
             raise
         raise UserError(
-            f"{e.filename or cfg.OUTPUT_DIR} cannot be written: {e.strerror}; make room or change "
-            "OUTPUT_DIR, and go on from the last checkpoint with --resume"
+            f"{error.filename or cfg.OUTPUT_DIR} cannot be written: {error.strerror}; make room or "
+            "change OUTPUT_DIR, and go on from the last checkpoint with --resume"
         ) from e
 
 

@@ -267,9 +267,14 @@ class TrainingStep(SimpleTrainer):
         values = torch.stack(list(known.values()))
         shares = (values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)).tolist()
         storage = get_event_storage()
-        for name, norm, share in zip(known, values.tolist(), shares):
+        # Detectron2 prints all that has "loss" in its name, every 20 iterations.
+        names = [name.removeprefix("loss_") for name in known]
+        for name, norm, share in zip(names, values.tolist(), shares):
             storage.put_scalar(f"grad_norm/{name}", norm, smoothing_hint=False)
             storage.put_scalar(f"grad_share/{name}", share, smoothing_hint=False)
+        if comm.is_main_process():
+            said = ", ".join(f"{name} {share:.1%}" for name, share in zip(names, shares))
+            logger.info(f"Shares in the gradient at iteration {self.iter}: {said}")
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = super().state_dict()

@@ -1,0 +1,118 @@
+#!/usr/bin/env python
+"""Propose weights with which each distillation loss begins at a chosen share of the gradient.
+
+    python tools/calibrate_weights.py --config-file configs/Digits/retinanet_pcka.yaml --share 0.3
+
+It trains for some iterations with the weights that the config has, measures the norm of each loss's
+gradient, and prints the weights. Nothing of the run is kept. The overrides are those of
+tools/train_net.py.
+"""
+
+import argparse
+import sys
+import tempfile
+from typing import Any
+
+from detectron2.engine import HookBase
+
+import pcka_distill  # noqa: F401  (before Detectron2: it filters the warnings of others)
+from pcka_distill.bench import spread
+from pcka_distill.engine import Trainer, setup
+from pcka_distill.errors import UserError
+from pcka_distill.meta_arch import DistillationModel
+
+_PREFIX = "grad_norm/"
+
+
+class _Norms(HookBase):
+    """Gradient norms: loss -> one a measurement."""
+
+    def __init__(self, period: int) -> None:
+        self.found: dict[str, list[float]] = {}
+        self._period = period
+
+    def after_step(self) -> None:
+        if self.trainer.iter % self._period:
+            return
+        for key, (value, _) in self.trainer.storage.latest().items():
+            if key.startswith(_PREFIX):
+                self.found.setdefault(key.removeprefix(_PREFIX), []).append(value)
+
+
+def propose(
+    norms: dict[str, float], terms: dict[str, list[str]], weights: dict[str, float], share: float
+) -> dict[str, float]:
+    """Weights with which each loss has a share of the sum of all norms.
+
+    Args:
+        norms: term, without "loss_" -> norm of its gradient with the present weights.
+        terms: loss -> its terms; those of no loss are the detector's own.
+        weights: loss -> present weight.
+        share: of each loss, in (0, 1 / number of losses).
+
+    Raises:
+        UserError: a share that cannot be had, or a loss without a gradient.
+    """
+    if not 0 < share * len(terms) < 1:
+        raise UserError(
+            f"--share {share} of each of {len(terms)} losses leaves nothing to the detector's own; "
+            f"make it less than {1 / len(terms):.2f}"
+        )
+    taught = {name for names in terms.values() for name in names}
+    own = sum(norm for name, norm in norms.items() if name not in taught)
+    whole = own / (1 - share * len(terms))
+    found = {}
+    for loss, names in terms.items():
+        norm = sum(norms.get(name, 0.0) for name in names)
+        if not norm:
+            raise UserError(f"the loss {loss} has no gradient: take it out, or change its settings")
+        found[loss] = weights[loss] * share * whole / norm
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--share", type=float, default=0.3, help="of each loss; default 0.3")
+    parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--period", type=int, default=10, help="of measurements, in iterations")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
+    args = parser.parse_args()
+    if args.iterations < 1 or args.period < 1:
+        raise UserError("--iterations and --period must be positive")
+    with tempfile.TemporaryDirectory() as folder:
+        args.opts += ["SOLVER.GRADIENT_MONITOR_PERIOD", args.period, "OUTPUT_DIR", folder]
+        args.opts += ["SOLVER.CHECKPOINT_PERIOD", 10**9, "TEST.EVAL_PERIOD", 0, "DATASETS.TEST", []]
+        args.resume = args.eval_only = False
+        trainer = Trainer(setup(args))
+        model: Any = trainer.model
+        if not isinstance(model, DistillationModel) or not model.losses:
+            raise UserError("the config distils nothing: there are no weights to propose")
+        trainer.resume_or_load(resume=False)
+        # The schedule stays that of the whole run.
+        trainer.max_iter = min(args.iterations, trainer.max_iter)
+        norms = _Norms(args.period)
+        trainer.register_hooks([norms])
+        trainer.train()
+    means = {name: sum(values) / len(values) for name, values in norms.found.items()}
+    weights = {loss.name: loss.weight for loss in model.losses}
+    terms = {name: [x for x in means if x == name or x.startswith(f"{name}_")] for name in weights}
+    proposed = propose(means, terms, weights, args.share)
+    print(f"\nNorm of each gradient, over {len(next(iter(norms.found.values())))} measurements:")
+    for name, values in norms.found.items():
+        print(f"  {name}: {spread(values) if max(values) >= 1 else f'{means[name]:.3g}'}")
+    print(f"\nFor a share of {args.share:g} each:")
+    for name, weight in proposed.items():
+        print(f"  MODEL.DISTILL.{name.upper()}.WEIGHT {weight:.3g}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; nothing was kept")
