@@ -33,5 +33,4 @@ lint: env
 
 bench: env
 	$(BIN)/python benchmarks/bm_performance.py
-	$(BIN)/python benchmarks/bm_digits.py
 	$(BIN)/python tools/compare.py benchmarks/comparison.yaml

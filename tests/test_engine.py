@@ -33,8 +33,9 @@ def arguments(config, output, *opts, flags=()):
 
 def distill_arguments(family, teacher, output, *opts, flags=()):
     return arguments(
-        f"{family}_pcka_mimic",
+        f"{family}_pcka",
         output,
+        *("MODEL.DISTILL.LOSSES", "['PCKALoss','MimicLoss']"),
         "MODEL.DISTILL.TEACHER.CONFIG_FILE",
         REPO / "configs" / "Digits" / f"{family}_student.yaml",
         "MODEL.DISTILL.TEACHER.WEIGHTS",
@@ -125,8 +126,8 @@ def command(*args):
 def test_zero_weight_run_is_stock(family, teacher_files, tmp_path):
     """Through the command line: the same data, losses and final weights as the plain student."""
     opts = ["SOLVER.MAX_ITER", 4, "DATASETS.TEST", "()", "TEST.EVAL_PERIOD", 0]
-    zero = ["MODEL.DISTILL.PCKA.WEIGHT", 0.0, "MODEL.DISTILL.MIMIC.WEIGHT", 0.0]
-    for folder, config, more in (("plain", "student", []), ("zero", "pcka_mimic", zero)):
+    zero = ["MODEL.DISTILL.PCKA.WEIGHT", 0.0, "MODEL.DISTILL.KD.WEIGHT", 0.0]
+    for folder, config, more in (("plain", "student", []), ("zero", "pcka_kd", zero)):
         path = REPO / "configs" / "Digits" / f"{family}_{config}.yaml"
         done = command("--config-file", path, *opts, *more, "OUTPUT_DIR", tmp_path / folder)
         assert done.returncode == 0, done.stderr

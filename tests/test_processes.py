@@ -23,11 +23,12 @@ def free_port():
         return s.getsockname()[1]
 
 
-def arguments(teacher, output, *opts, config="retinanet_pcka_mimic"):
+def arguments(teacher, output, *opts, config="retinanet_pcka"):
     family = config.split("_pcka")[0]
     opts = [
         *("MODEL.DISTILL.TEACHER.CONFIG_FILE", REPO / "configs/Digits" / f"{family}_student.yaml"),
         *("MODEL.DISTILL.TEACHER.WEIGHTS", teacher, "SOLVER.IMS_PER_BATCH", 4),
+        *("MODEL.DISTILL.LOSSES", "['PCKALoss','MimicLoss']"),
         *("DATASETS.TEST", "()", "SOLVER.MAX_ITER", 3, "TEST.EVAL_PERIOD", 0),
         *opts, "OUTPUT_DIR", output,
     ]  # fmt: skip
@@ -117,7 +118,7 @@ def test_processes_are_in_step_and_evaluate_one_model(teacher_files, tmp_path):
         2,
     ]
     config, opts = arguments(
-        teacher_files["faster_rcnn"], tmp_path / "run", *opts, config="faster_rcnn_pcka_mimic"
+        teacher_files["faster_rcnn"], tmp_path / "run", *opts, config="faster_rcnn_pcka"
     )
     said = finish(launch("launcher", config, opts))
     assert "weights in step in 2 processes: True" in said

@@ -43,9 +43,10 @@ def few_images(tmp_path):
 
 
 def arguments(family, teacher, output, *opts, flags=()):
-    config = REPO / "configs" / "Digits" / f"{family}_pcka_mimic.yaml"
+    config = REPO / "configs" / "Digits" / f"{family}_pcka.yaml"
     student = REPO / "configs" / "Digits" / f"{family}_student.yaml"
     opts = [
+        *("MODEL.DISTILL.LOSSES", "['PCKALoss','MimicLoss']"),
         *("MODEL.DISTILL.TEACHER.CONFIG_FILE", student, "MODEL.DISTILL.TEACHER.WEIGHTS", teacher),
         *("DATASETS.TEST", "()", "TEST.EVAL_PERIOD", 0, *RANDOM, *opts, "OUTPUT_DIR", output),
     ]
@@ -187,3 +188,15 @@ def test_another_teacher_is_refused(teacher_files, tmp_path):
     )
     with pytest.raises(UserError, match=r"taught by another teacher \(fingerprint [0-9a-f]{32}\)"):
         main(args)
+
+
+def test_a_run_without_a_seed_goes_on_with_the_one_it_drew(teacher_files, tmp_path):
+    opts = ("SEED", -1, "SOLVER.CHECKPOINT_PERIOD", 2)
+    teacher, output = teacher_files["retinanet"], tmp_path / "run"
+    seeds = []
+    for stop, flags in ((2, []), (4, ["--resume"]), (4, [])):
+        args = arguments("retinanet", teacher, output, *opts, "SOLVER.MAX_ITER", stop, flags=flags)
+        seeds.append(setup(args).SEED)
+    assert seeds[0] == seeds[1] >= 0
+    # A new run has a new one.
+    assert seeds[2] != seeds[0]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import (
@@ -408,6 +409,20 @@ def _check(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise UserError("DATASETS.TEST is empty; name a dataset to evaluate on")
 
 
+def _draw_seed(earlier: Path | None) -> int:
+    """A seed for all processes; that of the run that goes on, from its config."""
+    seed = -1
+    if earlier is not None and earlier.is_file():
+        try:
+            seed = int(yaml.safe_load(earlier.read_text())["SEED"])
+        except (yaml.YAMLError, KeyError, TypeError, ValueError):
+            # The config of something else: its run is refused or begun anew further on.
+            seed = -1
+    # The first process may already have written over it.
+    seed = int(comm.all_gather(seed)[0])
+    return seed if seed >= 0 else int(comm.shared_random_seed())
+
+
 def setup(args: argparse.Namespace) -> CfgNode:
     """Config, checks, logging and seeds of a run.
 
@@ -422,6 +437,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
     no_gpu = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
     if no_gpu:
         cfg.MODEL.DEVICE = "cpu"
+    drawn = cfg.SEED < 0 and not args.eval_only
+    if drawn:
+        cfg.SEED = _draw_seed(Path(cfg.OUTPUT_DIR, "config.yaml") if args.resume else None)
     cfg.freeze()
     student_config(cfg)
     try:
@@ -436,6 +454,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     default_setup(cfg, args)
     if no_gpu:
         logger.warning("No CUDA device here: MODEL.DEVICE is set to cpu")
+    if drawn:
+        logger.info(f"No SEED was given; this run has {cfg.SEED}")
     if not (args.resume or args.eval_only) and os.path.exists(last):
         logger.warning(
             f"{cfg.OUTPUT_DIR} holds an earlier run: this one writes over its checkpoints and adds "
