@@ -406,3 +406,27 @@ def test_calibrated_weights_have_the_share_that_was_asked_for(digits, teacher_fi
 def test_weights_of_a_config_that_distils_nothing(digits):
     done = calibrate("--config-file", "configs/Digits/retinanet_student.yaml")
     assert done.returncode == 1 and "distils nothing" in done.stderr.splitlines()[-1]
+
+
+def test_a_teacher_of_other_classes(oracle):
+    """Its detections name a class that the dataset does not have."""
+    forward = oracle.forward
+
+    def shifted(inputs):
+        outputs = forward(inputs)
+        for x in outputs:
+            x["instances"].pred_classes += 70
+        return outputs
+
+    oracle.forward = shifted
+    with pytest.raises(UserError, match="no AP of the teacher: A prediction has class="):
+        preflight(FrozenTeacher(oracle))
+
+
+def test_one_of_several_processes_looks_at_all_images(oracle, monkeypatch):
+    """Detectron2's sampler would give it a share of them."""
+    monkeypatch.setattr(
+        "detectron2.data.samplers.distributed_sampler.comm.get_world_size", lambda: 4
+    )
+    monkeypatch.setattr("pcka_distill.preflight.comm.all_gather", lambda x: [x])
+    assert preflight(FrozenTeacher(oracle)) == pytest.approx(100.0)

@@ -1,6 +1,7 @@
 """Runs that are stopped, in every way, and go on: the same weights as of one that was not."""
 
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -200,3 +201,21 @@ def test_a_run_without_a_seed_goes_on_with_the_one_it_drew(teacher_files, tmp_pa
     assert seeds[0] == seeds[1] >= 0
     # A new run has a new one.
     assert seeds[2] != seeds[0]
+
+
+def test_other_data_are_told(teacher_files, tmp_path, caplog):
+    logging.getLogger("detectron2").propagate = True
+    teacher = teacher_files["retinanet"]
+    opts = ("SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_ITER")
+    main(arguments("retinanet", teacher, tmp_path, *opts, 2))
+    main(arguments("retinanet", teacher, tmp_path, *opts, 3, flags=["--resume"]))
+    assert "with other data" not in caplog.text
+    more = ("SOLVER.IMS_PER_BATCH", 4)
+    main(arguments("retinanet", teacher, tmp_path, *opts, 4, *more, flags=["--resume"]))
+    assert "goes on with other data than it had: batch 2 (then), 4 (now)" in caplog.text
+    # A checkpoint of Detectron2 knows of no random numbers.
+    content = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    del content["trainer"]["hooks"]["RunState"]
+    torch.save(content, tmp_path / "model_final.pth")
+    main(arguments("retinanet", teacher, tmp_path, *opts, 5, *more, flags=["--resume"]))
+    assert "The checkpoint holds no random numbers" in caplog.text

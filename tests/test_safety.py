@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from detectron2 import model_zoo
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.engine import default_argument_parser
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from helpers import REPO, digits_cfg, distill_cfg, student_yaml
@@ -73,6 +75,47 @@ def test_no_config_trusts_itself(tmp_path):
     with pytest.raises(UserError, match="TRUST_CONFIG is for the command line"):
         merge(path)
     assert not trace.exists()
+
+
+def test_no_file_speaks_for_another(tmp_path):
+    """A student's yaml cannot trust its teacher's, nor checkpoints; a program needs trust, too."""
+    path, trace = tmp_path / "x.yaml", tmp_path / "trace"
+    path.write_text(CALL.format(trace))
+    opts = ["MODEL.DISTILL.TEACHER.CONFIG_FILE", str(path), "MODEL.DISTILL.TEACHER.OPTS"]
+    cfg = distill_cfg("retinanet", "x.pth", *opts, ["TRUST_CONFIG", "True"])
+    with pytest.raises(
+        UserError, match=r"TEACHER\.OPTS cannot set TRUST_CONFIG: it is for the comm"
+    ):
+        build_teacher(cfg)
+    (tmp_path / "y.yaml").write_text("TRUST_CHECKPOINT: True\n")
+    with pytest.raises(UserError, match="TRUST_CHECKPOINT is for the command line"):
+        merge(tmp_path / "y.yaml")
+    program = tmp_path / "teacher.py"
+    program.write_text(f"open({str(trace)!r}, 'w')\n")
+    cfg = distill_cfg("retinanet", "x.pth", *opts[:1], str(program))
+    with pytest.raises(UserError, match=r"teacher\.py is a program; if you trust where it comes"):
+        build_teacher(cfg)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("base", ["https://no.such.host/x.yaml", "pipe", "gone.yaml"])
+def test_bases_are_files(base, tmp_path):
+    """What is fetched or waits is never opened, wherever its name seems to lead."""
+    os.mkfifo(tmp_path / "pipe")
+    folder = Path(model_zoo.get_config_file("Base-RetinaNet.yaml")).parent
+    if "://" in base:
+        base = f"https://no.such.host/../../..{folder}/Base-RetinaNet.yaml"
+    (tmp_path / "x.yaml").write_text(f"_BASE_: {base}\n")
+    with pytest.raises(UserError, match=r"its _BASE_ .* is no file here"):
+        merge(tmp_path / "x.yaml")
+
+
+def test_proposals_are_pickles(tmp_path):
+    path = str(REPO / "configs" / "Digits" / "retinanet_student.yaml")
+    opts = ["MODEL.LOAD_PROPOSALS", "True", "OUTPUT_DIR", str(tmp_path)]
+    args = default_argument_parser().parse_args(["--config-file", path, *opts])
+    with pytest.raises(UserError, match=r"MODEL\.LOAD_PROPOSALS reads pickles"):
+        engine.setup(args)
 
 
 def test_one_that_you_trust(tmp_path):
@@ -205,7 +248,7 @@ def test_a_checkpoint_that_runs_something_is_refused(tiny, suffix, tmp_path, mon
         lambda: load_teacher_weights(tiny, f"x.{suffix}"),
         lambda: SafeCheckpointer(tiny).load(f"x.{suffix}"),
     ):
-        with pytest.raises(UserError, match=r"set MODEL.TRUST_CHECKPOINT True") as e:
+        with pytest.raises(UserError, match=r"add TRUST_CHECKPOINT True") as e:
             load()
         assert "system" in str(e.value) and "\n" not in str(e.value)
     assert not Path("trace_of_a_checkpoint").exists()
@@ -236,6 +279,19 @@ def archive(content):
     file = io.BytesIO()
     torch.save(content, file)
     return file.getvalue()
+
+
+def test_a_compressed_checkpoint_is_none(tiny, tmp_path):
+    """A few kilobytes could become gigabytes."""
+    raw = archive({"model": tiny.state_dict()})
+    with (
+        zipfile.ZipFile(io.BytesIO(raw)) as source,
+        zipfile.ZipFile(tmp_path / "x.pth", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    with pytest.raises(UserError, match="it is compressed, which checkpoints of torch never are"):
+        load_teacher_weights(tiny, str(tmp_path / "x.pth"))
 
 
 @fuzzed()
@@ -360,6 +416,8 @@ BOX, IMAGE = ("annotations", 0), ("images", 0)
         ((*BOX, "bbox"), [40, 5, 10, 12], "1 boxes outside of their image are left out"),
         ((*IMAGE, "width"), 0, "1 images without a size are left out (first of image 0)"),
         ((*IMAGE, "height"), float("nan"), "1 images without a size are left out"),
+        ((*IMAGE, "height"), None, "1 images without a size are left out"),
+        ((*BOX, "bbox"), [4, 5, 10**400, 12], "1 boxes that are not four finite numbers"),
     ],
 )
 def test_what_cannot_be_trained_on_is_left_out_and_counted(path, value, message, folder, caplog):

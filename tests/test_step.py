@@ -192,6 +192,13 @@ def test_a_scaler_scales_and_leaves_out(parts):
     take_step(step)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before))
     assert scaler.get_scale() == 512.0 and step.skipped == 0
+    # It cannot go on like that for ever.
+    stuck = make_step(Toy(), *[toy_batch(bad=1e38)] * 40, scaler=torch.amp.GradScaler("cpu"))
+    stuck.model.layer.weight.register_hook(lambda g: g * float("inf"))
+    for i in range(20):
+        take_step(stuck, i)
+    with pytest.raises(NonFiniteError, match="scaled gradient has not been finite in 21 steps in"):
+        take_step(stuck, 20)
     again = make_step(Toy(), scaler=torch.amp.GradScaler("cpu"))
     again.load_state_dict(step.state_dict())
     assert again.scaler.get_scale() == 512.0
@@ -315,6 +322,21 @@ def test_replay_from_the_command_line(teacher_files, tmp_path):
     assert "output not finite: student.backbone.fpn_lateral4" in done.stdout
     done = subprocess.run([*tool, str(REPO / "README.md")], capture_output=True, text=True)
     assert done.returncode == 1 and "is no dump of a step" in done.stderr.splitlines()[-1]
+
+
+def test_a_skipped_step_leaves_nothing_behind(teacher_files):
+    """Not the running normaliser, nor the number of masks that MGD drew."""
+    model = build_distilled("retinanet", teacher_files, "MODEL.DISTILL.LOSSES", ["MGDLoss"])
+    step = make_step(model, make_batch(0), make_batch(1), skip_nonfinite=1, lr=1e-4)
+    take_step(step)
+    before = model.student.loss_normalizer, model.losses[0].get_extra_state()
+    hook = model.student.head.register_forward_hook(
+        lambda m, a, out: ([x * float("nan") for x in out[0]], out[1])
+    )
+    take_step(step, 1)
+    hook.remove()
+    assert step.skipped == 1
+    assert (model.student.loss_normalizer, model.losses[0].get_extra_state()) == before
 
 
 def test_a_dump_that_cannot_be_written(tmp_path):

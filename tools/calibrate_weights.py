@@ -19,24 +19,35 @@ import pcka_distill  # noqa: F401  (before Detectron2: it filters the warnings o
 from pcka_distill.bench import spread
 from pcka_distill.engine import Trainer, setup
 from pcka_distill.errors import UserError
+from pcka_distill.losses import DistillLoss
 from pcka_distill.meta_arch import DistillationModel
 
 _PREFIX = "grad_norm/"
 
 
+def _is_of(term: str, loss: str) -> bool:
+    return term == loss or term.startswith(f"{loss}_")
+
+
 class _Norms(HookBase):
     """Gradient norms: loss -> one a measurement."""
 
-    def __init__(self, period: int) -> None:
+    def __init__(self, period: int, losses: list[DistillLoss]) -> None:
         self.found: dict[str, list[float]] = {}
+        self._losses = losses
         self._period = period
 
     def after_step(self) -> None:
         if self.trainer.iter % self._period:
             return
+        # As at full weight, whatever the schedule has made of it.
+        factors = {loss.name: loss.schedule(self.trainer.iter) for loss in self._losses}
         for key, (value, _) in self.trainer.storage.latest().items():
             if key.startswith(_PREFIX):
-                self.found.setdefault(key.removeprefix(_PREFIX), []).append(value)
+                name = key.removeprefix(_PREFIX)
+                factor = next((v for k, v in factors.items() if _is_of(name, k)), 1.0)
+                if factor:
+                    self.found.setdefault(name, []).append(value / factor)
 
 
 def propose(
@@ -86,6 +97,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         args.opts += ["SOLVER.GRADIENT_MONITOR_PERIOD", args.period, "OUTPUT_DIR", folder]
         args.opts += ["SOLVER.CHECKPOINT_PERIOD", 10**9, "TEST.EVAL_PERIOD", 0, "DATASETS.TEST", []]
+        args.opts += ["MODEL.DISTILL.TEACHER.MIN_AP", 0]
         args.resume = args.eval_only = False
         trainer = Trainer(setup(args))
         model: Any = trainer.model
@@ -94,12 +106,12 @@ def main() -> None:
         trainer.resume_or_load(resume=False)
         # The schedule stays that of the whole run.
         trainer.max_iter = min(args.iterations, trainer.max_iter)
-        norms = _Norms(args.period)
+        norms = _Norms(args.period, model.losses)
         trainer.register_hooks([norms])
         trainer.train()
     means = {name: sum(values) / len(values) for name, values in norms.found.items()}
     weights = {loss.name: loss.weight for loss in model.losses}
-    terms = {name: [x for x in means if x == name or x.startswith(f"{name}_")] for name in weights}
+    terms = {name: [x for x in means if _is_of(x, name)] for name in weights}
     proposed = propose(means, terms, weights, args.share)
     print(f"\nNorm of each gradient, over {len(next(iter(norms.found.values())))} measurements:")
     for name, values in norms.found.items():

@@ -68,6 +68,8 @@ def own_random_stream() -> Iterator[None]:
         yield
 
 
+# Keys that no file can set.
+_TRUST = ("TRUST_CONFIG", "TRUST_CHECKPOINT")
 # A config of Detectron2 has some hundreds.
 _MAX_VALUES = 100_000
 _ADD_KEYS: list[Callable[[CfgNode], None]] = [add_pcka_distill_config]
@@ -100,7 +102,8 @@ def merge_config(cfg: CfgNode, path: str, opts: list[Any], what: str) -> None:
     the file.
 
     Less forgiving of one thing: a yaml can name functions to call, and Detectron2 calls them. Here
-    only its own configs may, or any if ``TRUST_CONFIG`` is set in cfg or by the overrides.
+    only its own configs may, or any if ``TRUST_CONFIG`` is set in cfg or by the overrides, which
+    must be those of the command line.
 
     Raises:
         UserError: the file is not there or is no yaml, or a key or a value does not fit.
@@ -122,11 +125,16 @@ def merge_config(cfg: CfgNode, path: str, opts: list[Any], what: str) -> None:
                 ) from e
             except RecursionError as e:
                 raise ValueError("its _BASE_, or a value in it, leads back to itself") from e
+            except UserError:
+                raise
             except (TypeError, ValueError) as e:
+                if "_BASE_" in str(e):
+                    raise
                 # Empty, a list, a word.
                 raise TypeError("it holds no keys") from e
-            if loaded.pop("TRUST_CONFIG", False) and not trusted:
-                raise ValueError("TRUST_CONFIG is for the command line: no file can trust itself")
+            for key in _TRUST:
+                if loaded.pop(key, False):
+                    raise ValueError(f"{key} is for the command line: no file can trust itself")
             _refuse_bombs(loaded)
             fitted = CfgNode(_fit(loaded, cfg))
             version = fitted.get("VERSION") or guess_version(fitted, path)
@@ -154,7 +162,10 @@ class _SafeConfig(CfgNode):
 
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> Any:
-        # It is asked again for each _BASE_.
+        # It is asked again for each _BASE_. What is looked at must be what is opened: no address,
+        # which would be fetched, and no pipe.
+        if "://" in filename or not os.path.isfile(filename):
+            raise ValueError(f"its _BASE_ {filename} is no file here")
         return super().load_yaml_with_base(filename, allow_unsafe=_of_detectron2(filename))
 
 
@@ -287,6 +298,11 @@ class _TeacherPlan(NamedTuple):
 def _read_yaml_teacher(path: str, opts: list[Any], device: str, trusted: bool) -> _TeacherPlan:
     cfg = get_distill_cfg()
     cfg.TRUST_CONFIG = trusted
+    named = [key for key in opts[::2] if key in _TRUST]
+    if named:
+        raise UserError(
+            f"MODEL.DISTILL.TEACHER.OPTS cannot set {named[0]}: it is for the command line"
+        )
     merge_config(cfg, path, opts, "teacher config")
     # A student that was distilled before can be a teacher now.
     cfg = student_config(cfg)
@@ -374,6 +390,11 @@ def build_teacher(cfg: CfgNode, *, read_classes: bool = True) -> FrozenTeacher:
         )
     path, zoo_name = found
     if path.endswith(".py"):
+        if not (cfg.TRUST_CONFIG or _of_detectron2(path)):
+            raise UserError(
+                f"teacher config {path} is a program; if you trust where it comes from, add "
+                "TRUST_CONFIG True to the command line"
+            )
         plan = _read_lazy_teacher(path, node.OPTS, cfg.MODEL.DEVICE)
     else:
         plan = _read_yaml_teacher(path, node.OPTS, cfg.MODEL.DEVICE, cfg.TRUST_CONFIG)
@@ -403,7 +424,7 @@ def build_teacher(cfg: CfgNode, *, read_classes: bool = True) -> FrozenTeacher:
             "other order of channels: check INPUT.FORMAT and MODEL.PIXEL_MEAN of its config"
         )
     loaded = load_teacher_weights(
-        model, weights, allow_partial=node.ALLOW_PARTIAL, trusted=cfg.MODEL.TRUST_CHECKPOINT
+        model, weights, allow_partial=node.ALLOW_PARTIAL, trusted=cfg.TRUST_CHECKPOINT
     )
     logger.info(
         f"Teacher: {type(model).__name__} of {node.CONFIG_FILE}, "

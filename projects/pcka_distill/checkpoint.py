@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pickle
 import re
@@ -19,9 +20,10 @@ from fvcore.common.checkpoint import Checkpointer
 
 from pcka_distill.errors import UserError, reason
 
-__all__ = ["Mismatch", "SafeCheckpointer", "StrictCheckpointer", "write_whole"]
+__all__ = ["Mismatch", "SafeCheckpointer", "StrictCheckpointer", "remove_partial", "write_whole"]
 
 _PARTIAL = ".partial"
+_MOST_CHANNELS = 64
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -38,6 +40,8 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
                 f.flush()
             except RuntimeError as e:
                 # torch's writer says of a full disk that its position is not the one it expected.
+                if not re.search("StreamWriter|unexpected pos|enforce fail", str(e)):
+                    raise
                 raise OSError(reason(e)) from e
             os.fsync(f.fileno())
         os.replace(partial, path)
@@ -45,12 +49,22 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
+        except OSError as e:
+            # Some network file systems have no such thing; the file is there.
+            if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+                raise
         finally:
             os.close(folder)
     except OSError:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def remove_partial(folder: str) -> None:
+    """Remove what killed runs began to write."""
+    for path in Path(folder).glob(f"*{_PARTIAL}"):
+        path.unlink(missing_ok=True)
 
 
 class Mismatch(NamedTuple):
@@ -121,6 +135,9 @@ class _SafeReader(Checkpointer):
         if not self.trusted and zipfile.is_zipfile(f):
             # torch reads over a flipped bit in a weight.
             with zipfile.ZipFile(f) as archive:
+                if any(x.compress_type != zipfile.ZIP_STORED for x in archive.infolist()):
+                    # A few kilobytes could become any number of gigabytes.
+                    raise OSError("it is compressed, which checkpoints of torch never are")
                 damaged = archive.testzip()
             if damaged:
                 raise OSError(f"the checksum of {damaged} is wrong")
@@ -198,7 +215,7 @@ class SafeCheckpointer(DetectionCheckpointer, _SafeReader):
 def _untrusted(path: str, why: str) -> str:
     return (
         f"{path} holds more than tensors and numbers ({why}): reading it could run any program. If "
-        "you trust where it comes from, set MODEL.TRUST_CHECKPOINT True"
+        "you trust where it comes from, add TRUST_CHECKPOINT True to the command line"
     )
 
 
@@ -219,7 +236,7 @@ class StrictCheckpointer(SafeCheckpointer):
         self.pixels = {
             name: torch.as_tensor(state[name]).flatten().tolist()
             for name in ("pixel_mean", "pixel_std")
-            if name in state
+            if name in state and np.prod(np.shape(state[name])) <= _MOST_CHANNELS
         }
         return super()._load_model(checkpoint)
 

@@ -35,8 +35,9 @@ def add_pcka_distill_config(cfg: CN) -> None:
     cfg.DATALOADER.MAX_UNREADABLE = 0
     # Let a config name functions to call. No file can set it: it is for the command line.
     cfg.TRUST_CONFIG = False
-    # Read checkpoints that hold more than tensors and numbers, which can run any program.
-    cfg.MODEL.TRUST_CHECKPOINT = False
+    # Read checkpoints that hold more than tensors and numbers, and proposal files: both can run any
+    # program. For the command line, too.
+    cfg.TRUST_CHECKPOINT = False
 
     cfg.MODEL.DISTILL = CN()
     # The student's own meta-architecture, e.g. "RetinaNet"; the rest of MODEL describes it.

@@ -13,13 +13,13 @@ import math
 import os
 import sys
 import tempfile
+import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import (
@@ -58,7 +58,12 @@ from pcka_distill.build import (
     merge_config,
     student_config,
 )
-from pcka_distill.checkpoint import SafeCheckpointer, StrictCheckpointer, write_whole
+from pcka_distill.checkpoint import (
+    SafeCheckpointer,
+    StrictCheckpointer,
+    remove_partial,
+    write_whole,
+)
 from pcka_distill.config import add_pcka_distill_config
 from pcka_distill.data.check import check_annotations, check_records
 from pcka_distill.data.loader import ResumableLoader, build_train_loader, own_random_numbers
@@ -186,18 +191,33 @@ class Trainer(DefaultTrainer):
         self.checkpointer = SafeCheckpointer(
             model,
             cfg.OUTPUT_DIR,
-            trusted=cfg.MODEL.TRUST_CHECKPOINT,
+            trusted=cfg.TRUST_CHECKPOINT,
             trainer=weakref.proxy(self),
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
-        self._state = RunState(_student(model), cfg.SOLVER.CHECKPOINT_PERIOD, print_of)
+        data = {
+            "seed": cfg.SEED,
+            "batch": cfg.SOLVER.IMS_PER_BATCH,
+            "images": len(loader) if isinstance(loader, ResumableLoader) else 0,
+        }
+        self._state = RunState(_student(model), cfg.SOLVER.CHECKPOINT_PERIOD, print_of, data)
         self.register_hooks(self.build_hooks())
 
     def train(self) -> Any:
         with _no_traceback_of_user_errors():
             return super().train()
+
+    def after_train(self) -> None:
+        hooks: Any = self._hooks  # type: ignore[has-type]
+        if self.iter < self.max_iter:
+            # It failed. Where one process alone did, an evaluation would wait for the others.
+            self._hooks = [x for x in hooks if not isinstance(x, EvalHook)]
+        try:
+            super().after_train()
+        finally:
+            self._hooks = hooks
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -282,12 +302,26 @@ class Trainer(DefaultTrainer):
         _resume_or_load(self.checkpointer, self.cfg.MODEL.WEIGHTS, resume)
         if resume and self.checkpointer.has_checkpoint():
             self.start_iter = self.iter + 1
+        if comm.get_world_size() > 1:
+            # Machines that share no disk would each go on from what they have.
+            begins = comm.all_gather((self.start_iter, fingerprint(_student(self.model))))
+            if len(set(begins)) > 1:
+                iterations = ", ".join(str(x) for x, _ in begins)
+                raise UserError(
+                    f"the processes begin at iterations {iterations}, or with other weights: give "
+                    "all machines the same OUTPUT_DIR and MODEL.WEIGHTS"
+                )
 
 
 def _records(
-    names: Sequence[str], load: Callable[[], list[dict[str, Any]]]
+    names: Sequence[str], load: Callable[[], list[dict[str, Any]]], *, tell: bool = True
 ) -> list[dict[str, Any]]:
     """Load datasets, and look what can be trained on.
+
+    Args:
+        names: of the datasets.
+        load: gives their records.
+        tell: log what is left out.
 
     Raises:
         UserError: annotations that are damaged, empty or no COCO json, images that are missing.
@@ -307,13 +341,13 @@ def _records(
     numbers = metadata.get("thing_dataset_id_to_contiguous_id")
     if classes and numbers and len(numbers) != len(classes):
         raise UserError(f"dataset {name} cannot be used: two of its categories have one id")
-    return check_records(records, name, len(classes) if classes else None)
+    return check_records(records, name, len(classes) if classes else None, tell=tell)
 
 
 def _check_evaluation(name: str) -> None:
     """Refuse a test set before the training that an evaluation would lose."""
     kind = _evaluator_type(name)
-    _records([name], functools.partial(DatasetCatalog.get, name))
+    _records([name], functools.partial(DatasetCatalog.get, name), tell=False)
     file = MetadataCatalog.get(name).get("json_file")
     if kind == "coco" and file and os.path.isfile(file):
         check_annotations(file, name)
@@ -355,6 +389,8 @@ def _check_classes(datasets: Sequence[str], model: nn.Module) -> None:
 
 def _check_datasets(names: list[str]) -> None:
     for name in names:
+        if not isinstance(name, str):
+            raise UserError(f"DATASETS names datasets, and {name!r} is no name")
         if name not in DatasetCatalog:
             close = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
             hint = f", did you mean {', '.join(close)}?" if close else ""
@@ -396,6 +432,15 @@ def _check(cfg: CfgNode, args: argparse.Namespace) -> None:
         _precision(cfg)
     if not args.eval_only and cfg.SOLVER.MAX_ITER < 1:
         raise UserError(f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}; it must be positive")
+    if not args.eval_only and cfg.SOLVER.CHECKPOINT_PERIOD < 1:
+        raise UserError(
+            f"SOLVER.CHECKPOINT_PERIOD is {cfg.SOLVER.CHECKPOINT_PERIOD}; it must be positive"
+        )
+    if cfg.MODEL.LOAD_PROPOSALS and not cfg.TRUST_CHECKPOINT:
+        raise UserError(
+            "MODEL.LOAD_PROPOSALS reads pickles, which can run any program; if you trust where "
+            "they come from, add TRUST_CHECKPOINT True to the command line"
+        )
     if not args.eval_only and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty; name a dataset to train on")
     _check_datasets([*cfg.DATASETS.TEST, *(() if args.eval_only else cfg.DATASETS.TRAIN)])
@@ -409,18 +454,19 @@ def _check(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise UserError("DATASETS.TEST is empty; name a dataset to evaluate on")
 
 
-def _draw_seed(earlier: Path | None) -> int:
-    """A seed for all processes; that of the run that goes on, from its config."""
+def _draw_seed(folder: str, resume: bool) -> int:
+    """A seed for all processes, kept in a folder; that of the run that goes on, if it has one."""
+    path = Path(folder, "seed.txt")
     seed = -1
-    if earlier is not None and earlier.is_file():
-        try:
-            seed = int(yaml.safe_load(earlier.read_text())["SEED"])
-        except (yaml.YAMLError, KeyError, TypeError, ValueError):
-            # The config of something else: its run is refused or begun anew further on.
-            seed = -1
-    # The first process may already have written over it.
+    if resume and comm.is_main_process() and path.is_file():
+        text = path.read_text().strip()
+        seed = int(text) if text.isdecimal() else -1
     seed = int(comm.all_gather(seed)[0])
-    return seed if seed >= 0 else int(comm.shared_random_seed())
+    if seed < 0:
+        seed = int(comm.shared_random_seed())
+        if comm.is_main_process():
+            write_whole(path, lambda f: f.write(f"{seed}\n".encode()))
+    return seed
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -437,16 +483,20 @@ def setup(args: argparse.Namespace) -> CfgNode:
     no_gpu = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
     if no_gpu:
         cfg.MODEL.DEVICE = "cpu"
-    drawn = cfg.SEED < 0 and not args.eval_only
-    if drawn:
-        cfg.SEED = _draw_seed(Path(cfg.OUTPUT_DIR, "config.yaml") if args.resume else None)
-    cfg.freeze()
     student_config(cfg)
     try:
         os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-        tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR).close()
+        with tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR) as probe:
+            probe.write(bytes(1 << 16))
+            probe.flush()
     except OSError as e:
         raise UserError(f"OUTPUT_DIR cannot be written: {e}; change OUTPUT_DIR") from e
+    if comm.is_main_process():
+        remove_partial(cfg.OUTPUT_DIR)
+    drawn = cfg.SEED < 0 and not args.eval_only
+    if drawn:
+        cfg.SEED = _draw_seed(cfg.OUTPUT_DIR, args.resume)
+    cfg.freeze()
     # default_setup makes the same call again, which changes nothing.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
     _check(cfg, args)
@@ -522,14 +572,20 @@ def main(args: argparse.Namespace) -> Any:
         the metrics of ``DATASETS.TEST``, also written to ``OUTPUT_DIR``: to ``results.json`` after
         training, to ``evaluation.json`` otherwise.
     """
-    cfg = setup(args)
+    with _disk_errors():
+        return _run(setup(args), args)
+
+
+def _run(cfg: CfgNode, args: argparse.Namespace) -> Any:
     for name in cfg.DATASETS.TEST:
         _check_evaluation(name)
     if args.eval_only:
         # The student alone: no teacher is built or needed.
         model = build_student(cfg)
         _check_classes(cfg.DATASETS.TEST, model)
-        checkpointer = StrictCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer = StrictCheckpointer(
+            model, save_dir=cfg.OUTPUT_DIR, trusted=cfg.TRUST_CHECKPOINT
+        )
         _resume_or_load(checkpointer, cfg.MODEL.WEIGHTS, args.resume)
         shapes, missing, unexpected = mismatch = checkpointer.mismatch
         if shapes or missing:
@@ -542,13 +598,12 @@ def main(args: argparse.Namespace) -> Any:
         results = Trainer.test(cfg, model)
         _write_results(cfg, "evaluation.json", model, results)
         return results
-    with _disk_errors(cfg):
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
-        trainer.train()
-        results = trainer._last_eval_results
-        seconds = trainer.stopwatch.seconds
-        _write_results(cfg, "results.json", trainer.model, results, train_seconds=seconds)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+    results = trainer._last_eval_results
+    seconds = trainer.stopwatch.seconds
+    _write_results(cfg, "results.json", trainer.model, results, train_seconds=seconds)
     return results
 
 
@@ -556,7 +611,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 @contextlib.contextmanager
-def _disk_errors(cfg: CfgNode) -> Iterator[None]:
+def _disk_errors() -> Iterator[None]:
     try:
         yield
     except UserError:
@@ -569,31 +624,39 @@ def _disk_errors(cfg: CfgNode) -> Iterator[None]:
         if error is None:
             raise
         raise UserError(
-            f"{error.filename or cfg.OUTPUT_DIR} cannot be written: {error.strerror}; make room or "
+            f"{error.filename or 'OUTPUT_DIR'} cannot be written: {error.strerror}; make room or "
             "change OUTPUT_DIR, and go on from the last checkpoint with --resume"
         ) from e
 
 
-def _join(args: argparse.Namespace) -> Any:
+def _join(args: argparse.Namespace) -> None:
     """Run in a process that torchrun started; ``--num-gpus`` and the like are its business."""
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if cuda else "gloo", timeout=DEFAULT_TIMEOUT)
+    size = int(os.environ["LOCAL_WORLD_SIZE"])
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(size)
+    else:
+        # Detectron2 0.6 has it in its launcher alone. Every process takes part in making each.
+        for first in range(0, distributed.get_world_size(), size):
+            ranks = list(range(first, first + size))
+            group = distributed.new_group(ranks)
+            if distributed.get_rank() in ranks:
+                comm._LOCAL_PROCESS_GROUP = group
     try:
-        size = int(os.environ["LOCAL_WORLD_SIZE"])
-        if hasattr(comm, "create_local_process_group"):
-            comm.create_local_process_group(size)
+        main(args)
+    except BaseException as e:
+        # Not by the usual way out: what NCCL has under way would be waited for, by all.
+        if isinstance(e, UserError):
+            print(f"error: {e}", file=sys.stderr)
         else:
-            # Detectron2 0.6 has it in its launcher alone. Every process takes part in making each.
-            for first in range(0, distributed.get_world_size(), size):
-                ranks = list(range(first, first + size))
-                group = distributed.new_group(ranks)
-                if distributed.get_rank() in ranks:
-                    comm._LOCAL_PROCESS_GROUP = group
-        return main(args)
-    finally:
-        distributed.destroy_process_group()
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    distributed.destroy_process_group()
 
 
 def cli() -> None:

@@ -6,6 +6,7 @@ import logging
 import random
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -81,18 +82,31 @@ class RunState(HookBase):
         model: the student; RetinaNet and FCOS keep a running normaliser outside their state.
         period: of checkpoints.
         teacher: fingerprint of the teacher, empty without one.
+        data: what the order of images depends on, by name.
     """
 
-    def __init__(self, model: nn.Module, period: int, teacher: str = "") -> None:
+    def __init__(
+        self, model: nn.Module, period: int, teacher: str = "", data: Mapping[str, int] = {}
+    ) -> None:
         self._model = model
         self._period = period
         self._teacher = teacher
+        self._data = dict(data)
+        self._saved_at = -1
         self._saved: dict[str, Any] = {}
         self._found: dict[str, Any] = {}
 
     def before_train(self) -> None:
         step = self.trainer._trainer
-        step.data_loader.first_batch = self.trainer.start_iter
+        start = self.trainer.start_iter
+        if hasattr(step.data_loader, "first_batch"):
+            step.data_loader.first_batch = start
+        elif start:
+            logger.warning("The data begin anew: their loader is no ResumableLoader")
+        if start and not self._found:
+            logger.warning(
+                "The checkpoint holds no random numbers: the run goes on with others than it had"
+            )
         # It draws a random number, so it comes before they are put where they were.
         step.begin()
         found, self._found = self._found, {}
@@ -109,18 +123,18 @@ class RunState(HookBase):
 
     def after_step(self) -> None:
         next_iter = self.trainer.iter + 1
-        if next_iter == self.trainer.max_iter or (
-            self._period > 0 and next_iter % self._period == 0
-        ):
+        if next_iter == self.trainer.max_iter or next_iter % self._period == 0:
             # All processes are here at the same time; only the first writes the checkpoint.
             states = comm.gather(self._state())
-            self._saved = {"teacher": self._teacher, "processes": states}
+            self._saved = {"teacher": self._teacher, "processes": states, **self._data}
+            self._saved_at = self.trainer.iter
 
     def state_dict(self) -> dict[str, Any]:
         # Of a checkpoint between the periods, by a hook of one's own, all is known if we are alone.
         if comm.get_world_size() == 1:
-            return {"teacher": self._teacher, "processes": [self._state()]}
-        return self._saved
+            return {"teacher": self._teacher, "processes": [self._state()], **self._data}
+        # Those of an earlier iteration would be wrong.
+        return self._saved if self._saved_at == self.trainer.iter else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         known = state.get("teacher", "")
@@ -131,6 +145,16 @@ class RunState(HookBase):
                 "a new run in another OUTPUT_DIR"
             )
         self._found = state
+        differ = [
+            f"{key} {state[key]} (then), {value} (now)"
+            for key, value in self._data.items()
+            if state.get(key, value) != value
+        ]
+        if differ:
+            logger.warning(
+                f"The run goes on with other data than it had: {', '.join(differ)}; images come in "
+                "another order from here on"
+            )
 
     def _state(self) -> dict[str, Any]:
         """Of this process, in types that are read back without running anything."""

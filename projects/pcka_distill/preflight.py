@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import math
+import tempfile
 import time
 from typing import Any
 
@@ -18,9 +19,10 @@ from detectron2.data import (
 )
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
+from torch.utils.data import SequentialSampler
 from tqdm import tqdm
 
-from pcka_distill.errors import UserError
+from pcka_distill.errors import UserError, reason
 from pcka_distill.teacher import FrozenTeacher
 
 __all__ = ["check_teacher"]
@@ -63,9 +65,11 @@ def check_teacher(cfg: CfgNode, frozen: FrozenTeacher) -> float | None:
     said: tuple[float, str] = (0.0, "")
     if comm.is_main_process():
         try:
-            said = _average_precision(cfg, frozen, name), ""
-        except UserError as e:
-            said = 0.0, str(e)
+            with tempfile.TemporaryDirectory() as folder:
+                said = _average_precision(cfg, frozen, name, folder), ""
+        except Exception as e:
+            # Whatever it is, the other processes wait to be told.
+            said = 0.0, str(e) if isinstance(e, UserError) else f"no AP of the teacher: {reason(e)}"
     ap, error = comm.all_gather(said)[0]
     if error:
         raise UserError(error)
@@ -78,7 +82,7 @@ def check_teacher(cfg: CfgNode, frozen: FrozenTeacher) -> float | None:
     return ap
 
 
-def _average_precision(cfg: CfgNode, frozen: FrozenTeacher, name: str) -> float:
+def _average_precision(cfg: CfgNode, frozen: FrozenTeacher, name: str, folder: str) -> float:
     records = DatasetCatalog.get(name)
     classes = MetadataCatalog.get(name).get("thing_classes")
     if frozen.classes is not None and list(frozen.classes) != list(classes):
@@ -89,10 +93,14 @@ def _average_precision(cfg: CfgNode, frozen: FrozenTeacher, name: str) -> float:
     count = cfg.MODEL.DISTILL.TEACHER.MIN_AP_IMAGES
     records = records[:: max(1, len(records) // count)][:count]
     loader: Any = build_detection_test_loader(
-        records, mapper=DatasetMapper(cfg, False), num_workers=cfg.DATALOADER.NUM_WORKERS
+        records,
+        mapper=DatasetMapper(cfg, False),
+        # All of them: this is done in one process.
+        sampler=SequentialSampler(records),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
     flip = frozen.input_format not in (None, cfg.INPUT.FORMAT)
-    evaluator = COCOEvaluator(name, tasks=("bbox",), distributed=False)
+    evaluator = COCOEvaluator(name, tasks=("bbox",), distributed=False, output_dir=folder)
     evaluator.reset()
     start = time.perf_counter()
     with frozen.running():

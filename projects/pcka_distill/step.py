@@ -22,6 +22,9 @@ from pcka_distill.errors import UserError, reason
 
 __all__ = ["NonFiniteError", "TrainingStep", "replay"]
 
+# So many steps in a row that a scaler leaves out are no search for a scale any more: from 65536 it
+# is at 1 after 16.
+_MOST_OVERFLOWS = 20
 # A child of Detectron2's logger, so that it is seen wherever that one is.
 logger = logging.getLogger(f"detectron2.{__name__}")
 
@@ -91,6 +94,11 @@ class TrainingStep(SimpleTrainer):
         self._batches: Iterator[list[dict[str, Any]]] | None = None
         self._parallel = isinstance(model, nn.parallel.DistributedDataParallel)
         self._device = next(model.parameters()).device
+        self._overflows = 0
+        self._mine = True
+        none = nn.Module.get_extra_state
+        kinds = [(m, type(m).get_extra_state is not none) for m in model.modules()]
+        self._loose = [(m, extra) for m, extra in kinds if extra or hasattr(m, "_ema_update")]
 
     def begin(self) -> None:
         """Begin with the data."""
@@ -106,6 +114,7 @@ class TrainingStep(SimpleTrainer):
         data_time = time.perf_counter() - start
         random_state = _random_state(self._device)
         buffers = [x.clone() for x in self.model.buffers()] if self.skip_nonfinite else []
+        loose = self._loose_state()
         self.optimizer.zero_grad()
         alone = False
         try:
@@ -113,21 +122,27 @@ class TrainingStep(SimpleTrainer):
             wrong = self._not_finite(losses)
         except FloatingPointError as e:
             # Detectron2's RPN looks for itself. Other processes do not know, and wait in backward.
-            losses, wrong, alone = {}, reason(e), self._parallel
+            losses, wrong, alone, self._mine = {}, reason(e), self._parallel, True
         if wrong:
             with torch.no_grad():
                 for x, before in zip(self.model.buffers(), buffers):
                     x.copy_(before)
+            self._put_back(loose)
             self._leave_out(wrong, losses, data, random_state, alone=alone)
             return
-        if hasattr(self, "after_backward"):
-            self.after_backward()
         self._write_metrics(losses, data_time)
         if self.scaler is None:
             self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            return
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        # It left the step out. At first that is how it finds its scale.
+        self._overflows = self._overflows + 1 if self.scaler.get_scale() < scale else 0
+        if self._overflows > _MOST_OVERFLOWS:
+            self._put_back(loose)
+            wrong = f"the scaled gradient has not been finite in {self._overflows} steps in a row"
+            self._leave_out(wrong, losses, data, random_state, alone=False, last=True)
 
     def _gradients(self, data: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Backward of a batch: name -> loss."""
@@ -153,6 +168,24 @@ class TrainingStep(SimpleTrainer):
             for name, x in losses.items():
                 totals[name] = totals[name] + x.detach() if name in totals else x.detach()
         return totals
+
+    def _loose_state(self) -> list[tuple[nn.Module, Any, Any]]:
+        """What a forward changes beside buffers: running normalisers, counts of draws."""
+        return [
+            (m, m.__dict__.get("loss_normalizer"), m.get_extra_state() if extra else None)
+            for m, extra in self._loose
+        ]
+
+    @staticmethod
+    def _put_back(state: list[tuple[nn.Module, Any, Any]]) -> None:
+        for module, normalizer, extra in state:
+            if extra is not None:
+                module.set_extra_state(extra)
+            if normalizer is not None:
+                module.loss_normalizer = normalizer
+            else:
+                # Detectron2's dense detectors make theirs in the first forward.
+                module.__dict__.pop("loss_normalizer", None)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision is None:
@@ -190,6 +223,7 @@ class TrainingStep(SimpleTrainer):
             )
             wrong = [f"the gradient of {first} is not finite"] if first else []
         text = ", ".join(wrong)
+        self._mine = bool(text)
         if comm.get_world_size() > 1:
             said = {i: x for i, x in enumerate(comm.all_gather(text)) if x}
             text = "; ".join(f"in process {i} {x}" for i, x in said.items())
@@ -203,13 +237,14 @@ class TrainingStep(SimpleTrainer):
         random_state: dict[str, Tensor],
         *,
         alone: bool,
+        last: bool = False,
     ) -> None:
         # Detectron2 gives every record an id; those of one's own data may have none.
         names = [str(x.get("image_id", x.get("file_name", "?"))) for x in data]
         if comm.get_world_size() > 1 and not alone:
             names = [x for part in comm.all_gather(names) for x in part]
         what = f"{wrong} at iteration {self.iter} (images {', '.join(names)})"
-        if self.skipped < self.skip_nonfinite and not alone:
+        if self.skipped < self.skip_nonfinite and not (alone or last):
             self.skipped += 1
             get_event_storage().put_scalar("skipped_steps", self.skipped, smoothing_hint=False)
             logger.warning(
@@ -217,12 +252,12 @@ class TrainingStep(SimpleTrainer):
                 f"{self.skip_nonfinite} (SOLVER.SKIP_NONFINITE)"
             )
             return
-        kept = self._dump(losses, data, random_state)
+        kept = self._dump(losses, data, random_state) if self._mine else ""
+        advice = "; lower SOLVER.BASE_LR or the loss's WEIGHT"
+        if not (alone or last):
+            advice += ", or set SOLVER.SKIP_NONFINITE to leave such steps out"
         skipped = f" after {self.skipped} steps that were left out" if self.skipped else ""
-        raise NonFiniteError(
-            f"not finite: {what}{skipped}; lower SOLVER.BASE_LR or the loss's WEIGHT, or set "
-            f"SOLVER.SKIP_NONFINITE to leave such steps out{kept}"
-        )
+        raise NonFiniteError(f"not finite: {what}{skipped}{advice}{kept}")
 
     def _dump(
         self,
@@ -243,6 +278,11 @@ class TrainingStep(SimpleTrainer):
             "model": model.state_dict(),
             "inputs": data,
             "random": random_state,
+            "normalizers": {
+                k: m.loss_normalizer
+                for k, m in model.named_modules()
+                if isinstance(getattr(m, "loss_normalizer", None), (int, float))
+            },
             "losses": {k: v.item() for k, v in losses.items()},
         }
         try:
@@ -253,16 +293,23 @@ class TrainingStep(SimpleTrainer):
         return f". What it was computed from is in {path}: python tools/replay.py {path}"
 
     def _monitor(self, losses: dict[str, Tensor]) -> None:
-        """Log the norm of each loss's gradient, and its share in the sum of all norms."""
+        """Log the norm of each loss's gradient, and its share in the sum of all norms.
+
+        Of a batch in parts they are those of the last part.
+        """
         parameters = [p for p in self._parameters() if p.requires_grad]
         norms = {}
         for name, loss in losses.items():
             if not loss.requires_grad:
                 continue
             # Not backward: nothing is added to a gradient, and no process waits for another.
-            grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            scale = 1.0 if self.scaler is None else self.scaler.get_scale()
+            grads = torch.autograd.grad(
+                scale * loss, parameters, retain_graph=True, allow_unused=True
+            )
             found = [g for g in grads if g is not None]
-            norms[name] = torch.stack(torch._foreach_norm(found)).float().norm() if found else None
+            norm = torch.stack(torch._foreach_norm(found)).float().norm() if found else None
+            norms[name] = norm if norm is None else norm / scale
         known = {k: v for k, v in norms.items() if v is not None}
         values = torch.stack(list(known.values()))
         shares = (values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)).tolist()
@@ -340,9 +387,15 @@ def replay(path: Path) -> dict[str, Any]:
 
         return look
 
-    for name, module in model.named_modules():
+    watched = dict(model.named_modules())
+    teacher = getattr(model, "teacher", None)
+    if teacher is not None:
+        watched |= {f"teacher.{k}": m for k, m in teacher.model.named_modules()}
+    for name, module in watched.items():
         if not any(module.children()):
             module.register_forward_hook(watch(name))
+    for name, value in content["normalizers"].items():
+        watched[name].loss_normalizer = value
     torch.set_rng_state(content["random"]["cpu"])
     if "cuda" in content["random"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(content["random"]["cuda"])

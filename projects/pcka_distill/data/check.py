@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from detectron2.structures import BoxMode
@@ -24,7 +24,9 @@ Record = dict[str, Any]
 _FILES = 16
 
 
-def check_records(records: list[Record], name: str, classes: int | None = None) -> list[Record]:
+def check_records(
+    records: list[Record], name: str, classes: int | None = None, *, tell: bool = True
+) -> list[Record]:
     """Leave out, count and log what cannot be trained on; refuse what cannot be mended so.
 
     Left out are images without a size, and boxes that are not four finite numbers, that have no
@@ -35,6 +37,7 @@ def check_records(records: list[Record], name: str, classes: int | None = None) 
         records: as Detectron2's catalogues give them; not changed.
         name: of the dataset, for messages.
         classes: how many it has; None if that is not known.
+        tell: log what is left out.
 
     Returns:
         the records that are left.
@@ -51,7 +54,8 @@ def check_records(records: list[Record], name: str, classes: int | None = None) 
             raise UserError(f"{what}: a record without a file_name: {str(record)[:80]}")
         image = record.get("image_id", record.get("file_name"))
         size: tuple[Any, Any] = record.get("width"), record.get("height")
-        if size != (None, None) and not all(_is_number(x) and x >= 1 for x in size):
+        named = "width" in record or "height" in record
+        if named and not all(_is_number(x) and x >= 1 for x in size):
             dropped.setdefault("images without a size", []).append(image)
             continue
         annotations = record.get("annotations")
@@ -61,7 +65,9 @@ def check_records(records: list[Record], name: str, classes: int | None = None) 
         left = []
         for annotation in annotations:
             number = annotation.get("category_id")
-            if classes is not None and not (isinstance(number, int) and 0 <= number < classes):
+            if classes is not None and not (
+                isinstance(number, Integral) and 0 <= int(number) < classes
+            ):
                 raise UserError(
                     f"{what}: image {image} has an object of class {number}, and classes are 0 to "
                     f"{classes - 1}"
@@ -73,7 +79,7 @@ def check_records(records: list[Record], name: str, classes: int | None = None) 
                 left.append(annotation)
         changed = len(left) < len(annotations)
         kept.append({**record, "annotations": left} if changed else record)
-    for problem, images in dropped.items():
+    for problem, images in dropped.items() if tell else ():
         first = ", ".join(map(str, dict.fromkeys(images[:5])))
         logger.warning(
             f"Dataset {name}: {len(images)} {problem} are left out (first of image {first})"
@@ -116,7 +122,11 @@ def check_annotations(file: str, name: str) -> None:
 
 
 def _is_number(x: Any) -> bool:
-    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
+    try:
+        return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
+    except OverflowError:
+        # A whole number beyond all floating-point ones.
+        return False
 
 
 def _are_numbers(box: Any) -> bool:

@@ -20,7 +20,6 @@ from detectron2.data import DatasetFromList
 
 # Private, and the one place that knows which keys choose a sampler: a copy of it would know fewer.
 from detectron2.data.build import _train_loader_from_config
-from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from PIL.Image import DecompressionBombError
@@ -37,8 +36,7 @@ Record = dict[str, Any]
 Mapper = Callable[[Record], "Record | None"]
 # Of a file, not of a program: what PIL, OpenCV and Detectron2 raise on one that is no image.
 _UNREADABLE = (
-    OSError, SyntaxError, EOFError, struct.error, zlib.error, DecompressionBombError,
-    SizeMismatchError,
+    OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, DecompressionBombError,
 )  # fmt: skip
 # How many images are tried in place of one that is unreadable, or has no object left in it.
 _ATTEMPTS = 100
@@ -147,7 +145,7 @@ class ResumableLoader:
         group_by_aspect: make batches of lying and of upright images.
         num_workers: 0 loads in this process.
         seed: of the augmentation.
-        max_unreadable: files that may be left out; one more is an error.
+        max_unreadable: files that may be left out, in each process; one more is an error.
 
     Attributes:
         first_batch: where the next iteration over it begins.
@@ -181,6 +179,10 @@ class ResumableLoader:
             int(group_by_aspect and not x.get("width", 0) > x.get("height", 0)) for x in records
         ]
         self._records = DatasetFromList(list(records), copy=False)
+
+    def __len__(self) -> int:
+        """Images of the dataset."""
+        return len(self._groups)
 
     def __iter__(self) -> Iterator[list[Record]]:
         pending, begin = self._seek(self.first_batch)
@@ -259,6 +261,12 @@ def build_train_loader(
         parts = _train_loader_from_config(cfg, mapper, dataset=records)
     except (ValueError, AssertionError) as e:
         raise UserError(f"the training data cannot be sampled: {reason(e)}") from e
+    factors = getattr(parts["sampler"], "_int_part", None)
+    if factors is not None and len(factors) != len(records):
+        raise UserError(
+            f"{cfg.DATALOADER.SAMPLER_TRAIN} counts {len(factors)} images and {len(records)} can "
+            "be used: take out those that the log names, or choose another SAMPLER_TRAIN"
+        )
     return ResumableLoader(
         records,
         parts["sampler"],
