@@ -6,8 +6,6 @@ VENV = $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 # Test processes; each runs on one thread.
 JOBS ?= 2
-# Files of tests; all if empty.
-TESTS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test lint bench
@@ -26,7 +24,7 @@ demo: env
 	@$(BIN)/python tools/demo.py
 
 test: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: env
 	$(BIN)/ruff check .

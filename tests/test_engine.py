@@ -463,3 +463,9 @@ def test_the_command_prints_the_line_and_no_traceback(tmp_path):
     done = command("--config-file", tmp_path / "bad.yaml", "OUTPUT_DIR", tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "error: config file" in done.stderr.strip().splitlines()[-1]
+
+
+def test_debug_shows_where_an_error_comes_from():
+    done = command("--config-file", "no/such.yaml", "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "merge_config" in done.stderr

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "projects" / "pcka_distill"
 ALLOWED = {
     "_quiet": set(),
     "errors": set(),
+    "tool": {"errors"},
     "fused": set(),
     "functional": {"fused"},
     "baselines": {"functional"},
@@ -35,7 +36,7 @@ ALLOWED = {
     "memory": {"errors"},
     "preflight": {"errors", "teacher"},
     "hooks": {"errors"},
-    "step": {"errors", "checkpoint", "build"},
+    "step": {"errors", "checkpoint", "build", "hooks"},
     "engine": {
         "errors", "config", "data", "checkpoint", "teacher", "adapters", "build", "memory", "hooks",
         "preflight", "step", "meta_arch",

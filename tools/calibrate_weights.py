@@ -9,7 +9,6 @@ tools/train_net.py.
 """
 
 import argparse
-import sys
 import tempfile
 from typing import Any
 
@@ -21,6 +20,7 @@ from pcka_distill.engine import Trainer, setup
 from pcka_distill.errors import UserError
 from pcka_distill.losses import DistillLoss
 from pcka_distill.meta_arch import DistillationModel
+from pcka_distill.tool import run_tool, tool_parser
 
 _PREFIX = "grad_norm/"
 
@@ -81,17 +81,8 @@ def propose(
     return found
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True)
-    parser.add_argument("--share", type=float, default=0.3, help="of each loss; default 0.3")
-    parser.add_argument("--iterations", type=int, default=200)
-    parser.add_argument("--period", type=int, default=10, help="of measurements, in iterations")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
-    args = parser.parse_args()
     if args.iterations < 1 or args.period < 1:
         raise UserError("--iterations and --period must be positive")
     with tempfile.TemporaryDirectory() as folder:
@@ -122,9 +113,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; nothing was kept")
+    parser = tool_parser(__doc__)
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--share", type=float, default=0.3, help="of each loss; default 0.3")
+    parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--period", type=int, default=10, help="of measurements, in iterations")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
+    run_tool(parser, main, "interrupted; nothing was kept")

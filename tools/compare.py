@@ -9,29 +9,16 @@ line a run; what is there is not run again, and an interrupted comparison goes o
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from pcka_distill.bench import REPOSITORY
 from pcka_distill.compare import Comparison, compare, read_plan, write_page
 from pcka_distill.errors import UserError
+from pcka_distill.tool import run_tool, tool_parser
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     """Make the runs that are missing, then the page."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("plan", type=Path)
-    parser.add_argument(
-        "--sections", nargs="+", default=[], help="words in the titles of the tables to make"
-    )
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument("--runs", type=Path, default=REPOSITORY / "output" / "comparison")
-    parser.add_argument("--results", type=Path, help="default: results.jsonl beside the plan")
-    parser.add_argument("--dry-run", action="store_true", help="count the runs that are missing")
-    parser.add_argument("--page-only", action="store_true", help="make the page of what is there")
-    args = parser.parse_args()
     plan = read_plan(args.plan)
     comparison = Comparison(plan, args.results or args.plan.with_name("results.jsonl"))
     sections = [
@@ -50,9 +37,14 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command goes on")
+    parser = tool_parser(__doc__)
+    parser.add_argument("plan", type=Path)
+    parser.add_argument(
+        "--sections", nargs="+", default=[], help="words in the titles of the tables to make"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--runs", type=Path, default=REPOSITORY / "output" / "comparison")
+    parser.add_argument("--results", type=Path, help="default: results.jsonl beside the plan")
+    parser.add_argument("--dry-run", action="store_true", help="count the runs that are missing")
+    parser.add_argument("--page-only", action="store_true", help="make the page of what is there")
+    run_tool(parser, main, "interrupted; the same command goes on")

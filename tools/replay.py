@@ -7,23 +7,18 @@ The dump is a pickle: replay those of your own runs alone.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import pcka_distill  # noqa: F401  (before Detectron2: it filters the warnings of others)
-from pcka_distill.errors import UserError
 from pcka_distill.step import replay
+from pcka_distill.tool import run_tool, tool_parser
 
 _SHOWN = 10
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     """Print losses, modules and gradients."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("dump", type=Path)
-    found = replay(parser.parse_args().dump)
+    found = replay(args.dump)
     for name, value in found["losses"].items():
         print(f"{name}: {value:g}")
     for what, key in (("output", "modules"), ("gradient", "gradients")):
@@ -33,7 +28,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as e:
-        sys.exit(f"error: {e}")
+    parser = tool_parser(__doc__)
+    parser.add_argument("dump", type=Path)
+    run_tool(parser, main)

@@ -52,8 +52,9 @@ def main() -> None:
             "Python 3.10 or later is needed, this is {}.{}; name another: make demo "
             "PYTHON=python3.11".format(*sys.version_info[:2])
         )
-    if len(sys.argv) != 2:
-        fail("usage: setup_env.py VENV")
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print(__doc__.strip())
+        sys.exit(sys.argv[1:] not in (["-h"], ["--help"]))
     venv = os.path.abspath(sys.argv[1])
     stamp = os.path.join(venv, "stamp")
     wanted = fingerprint(venv)

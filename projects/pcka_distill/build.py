@@ -46,6 +46,7 @@ __all__ = [
     "get_distill_cfg",
     "merge_config",
     "own_random_stream",
+    "read_config",
     "register_config",
     "student_config",
 ]
@@ -115,27 +116,10 @@ def merge_config(cfg: CfgNode, path: str, opts: list[Any], what: str) -> None:
         raise UserError(f"{what} not found: {path}")
     if path:
         with _config_errors(cfg, f"{what} {path} cannot be used"):
-            try:
-                reader = CfgNode if trusted else _SafeConfig
-                loaded = dict(reader.load_yaml_with_base(path, allow_unsafe=trusted))
-            except yaml.constructor.ConstructorError as e:
-                raise ValueError(
-                    f"{reason(e)}: it would run a program; if you trust where it comes from, add "
-                    "TRUST_CONFIG True to the command line"
-                ) from e
-            except RecursionError as e:
-                raise ValueError("its _BASE_, or a value in it, leads back to itself") from e
-            except UserError:
-                raise
-            except (TypeError, ValueError) as e:
-                if "_BASE_" in str(e):
-                    raise
-                # Empty, a list, a word.
-                raise TypeError("it holds no keys") from e
+            loaded = read_config(path, trusted=trusted)
             for key in _TRUST:
                 if loaded.pop(key, False):
                     raise ValueError(f"{key} is for the command line: no file can trust itself")
-            _refuse_bombs(loaded)
             fitted = CfgNode(_fit(loaded, cfg))
             version = fitted.get("VERSION") or guess_version(fitted, path)
             if version == cfg.VERSION:
@@ -157,6 +141,29 @@ def merge_config(cfg: CfgNode, path: str, opts: list[Any], what: str) -> None:
         cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE = str(beside)
 
 
+def read_config(path: str, *, trusted: bool = False) -> dict[str, Any]:
+    """The keys of a yaml and of what it is based on, as they are written.
+
+    Raises:
+        Exception: of half a dozen kinds: no yaml, no keys, a program in it that is not trusted.
+    """
+    reader = CfgNode if trusted else _SafeConfig
+    try:
+        loaded = dict(reader.load_yaml_with_base(path, allow_unsafe=trusted))
+    except yaml.constructor.ConstructorError as e:
+        raise ValueError(
+            f"{reason(e)}: it would run a program; if you trust where it comes from, add "
+            "TRUST_CONFIG True to the command line"
+        ) from e
+    except RecursionError as e:
+        raise ValueError("its _BASE_, or a value in it, leads back to itself") from e
+    except (TypeError, ValueError) as e:
+        # Empty, a list, a word.
+        raise TypeError("it holds no keys") from e
+    _refuse_bombs(loaded)
+    return loaded
+
+
 class _SafeConfig(CfgNode):
     """Reads a config as data; those that ship with Detectron2 may compute a value."""
 
@@ -165,7 +172,7 @@ class _SafeConfig(CfgNode):
         # It is asked again for each _BASE_. What is looked at must be what is opened: no address,
         # which would be fetched, and no pipe.
         if "://" in filename or not os.path.isfile(filename):
-            raise ValueError(f"its _BASE_ {filename} is no file here")
+            raise FileNotFoundError(f"its _BASE_ {filename} is no file here")
         return super().load_yaml_with_base(filename, allow_unsafe=_of_detectron2(filename))
 
 

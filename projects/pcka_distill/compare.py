@@ -25,11 +25,10 @@ from typing import Any, TypeVar
 
 import torch
 import yaml
-from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from pcka_distill.bench import REPOSITORY, Diverged, run, spread
-from pcka_distill.build import config_keys
+from pcka_distill.build import config_keys, read_config
 from pcka_distill.errors import UserError, reason
 from pcka_distill.teacher import digest_of
 
@@ -247,8 +246,7 @@ class Comparison:
         """
         if job.task not in self._contents:
             task = self.task(job.task)
-            # What it is made of by others, such as Detectron2's RetinaNet, has python tags.
-            loaded = CfgNode.load_yaml_with_base(str(REPOSITORY / task.config), allow_unsafe=True)
+            loaded = read_config(str(REPOSITORY / task.config))
             keys = {k: v for k, v in config_keys(loaded) if not isinstance(v, dict)}
             asked = {**keys, **task.opts, "teacher": task.teacher}
             for key in ("SEED", "OUTPUT_DIR", "MODEL.DISTILL.TEACHER.WEIGHTS"):

@@ -661,7 +661,9 @@ def _join(args: argparse.Namespace) -> None:
 
 def cli() -> None:
     """The command line: Detectron2's flags, its launcher, and errors on one line."""
-    args = default_argument_parser().parse_args()
+    parser = default_argument_parser()
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    args = parser.parse_args()
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             _join(args)
@@ -679,11 +681,13 @@ def cli() -> None:
             args=(args,),
         )
     except UserError as e:
+        if args.debug:
+            raise
         sys.exit(f"error: {e}")
     except ProcessRaisedException as e:
         # A child of the launcher failed: of a UserError only the message is news.
         kind, _, message = str(e).strip().splitlines()[-1].partition(": ")
-        if not kind.endswith((UserError.__name__, NonFiniteError.__name__)):
+        if args.debug or not kind.endswith((UserError.__name__, NonFiniteError.__name__)):
             raise
         sys.exit(f"error: {message}")
     except KeyboardInterrupt:

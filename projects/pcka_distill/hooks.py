@@ -19,10 +19,23 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pcka_distill.errors import UserError
 
-__all__ = ["ProgressBar", "RunState", "Stopwatch"]
+__all__ = ["ProgressBar", "RunState", "Stopwatch", "normalizers", "set_normalizers"]
 
 # A child of Detectron2's logger, so that it is seen wherever that one is.
 logger = logging.getLogger(f"detectron2.{__name__}")
+
+
+def normalizers(model: nn.Module) -> dict[str, float]:
+    """Module -> the running normaliser that RetinaNet and FCOS keep outside their state."""
+    found = ((k, getattr(m, "loss_normalizer", None)) for k, m in model.named_modules())
+    return {name: float(value) for name, value in found if isinstance(value, (int, float))}
+
+
+def set_normalizers(model: nn.Module, values: Mapping[str, float]) -> None:
+    """Put them back."""
+    modules: dict[str, Any] = dict(model.named_modules())
+    for name, value in values.items():
+        modules[name].loss_normalizer = value
 
 
 class Stopwatch(HookBase):
@@ -123,7 +136,8 @@ class RunState(HookBase):
 
     def after_step(self) -> None:
         next_iter = self.trainer.iter + 1
-        if next_iter == self.trainer.max_iter or next_iter % self._period == 0:
+        due = next_iter == self.trainer.max_iter or next_iter % self._period == 0
+        if due and comm.get_world_size() > 1:
             # All processes are here at the same time; only the first writes the checkpoint.
             states = comm.gather(self._state())
             self._saved = {"teacher": self._teacher, "processes": states, **self._data}
@@ -166,11 +180,7 @@ class RunState(HookBase):
             "numpy": [str(kind), torch.from_numpy(keys.astype(np.int64)), position],
             "numpy_gauss": [has_gauss, float(gauss)],
             "torch": torch.get_rng_state(),
-            "normalizers": {
-                name: float(module.loss_normalizer)
-                for name, module in self._model.named_modules()
-                if isinstance(getattr(module, "loss_normalizer", None), (int, float))
-            },
+            "normalizers": normalizers(self._model),
         }
         if torch.cuda.is_initialized():
             state["cuda"] = torch.cuda.get_rng_state()
@@ -184,6 +194,4 @@ class RunState(HookBase):
         torch.set_rng_state(state["torch"])
         if "cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda"])
-        modules = dict(self._model.named_modules())
-        for name, value in state["normalizers"].items():
-            modules[name].loss_normalizer = value
+        set_normalizers(self._model, state["normalizers"])

@@ -312,7 +312,7 @@ class DistillationModel(nn.Module):
         """The teacher's feature maps; of the student's taps only the images need be there."""
         adapter, model = self._teacher_adapter, frozen.model
         if self._flip_channels:
-            batched_inputs = [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
+            batched_inputs = frozen.flip_channels(batched_inputs)
 
         def compute() -> dict[str, Tensor]:
             return adapter.teacher_features(model, batched_inputs, student, alike=self._alike)

@@ -106,7 +106,7 @@ def _average_precision(cfg: CfgNode, frozen: FrozenTeacher, name: str, folder: s
     with frozen.running():
         for inputs in tqdm(loader, desc="teacher", unit="image", disable=None, dynamic_ncols=True):
             if flip:
-                inputs = [{**x, "image": x["image"].flip(0)} for x in inputs]
+                inputs = frozen.flip_channels(inputs)
             evaluator.process(inputs, frozen.model(inputs))
     # The tables of an evaluation would look like those of the student.
     quiet = logging.getLogger("detectron2.evaluation")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pcka_distill.build import build_registered, get_distill_cfg
 from pcka_distill.checkpoint import write_whole
 from pcka_distill.errors import UserError, reason
+from pcka_distill.hooks import normalizers, set_normalizers
 
 __all__ = ["NonFiniteError", "TrainingStep", "replay"]
 
@@ -278,11 +279,7 @@ class TrainingStep(SimpleTrainer):
             "model": model.state_dict(),
             "inputs": data,
             "random": random_state,
-            "normalizers": {
-                k: m.loss_normalizer
-                for k, m in model.named_modules()
-                if isinstance(getattr(m, "loss_normalizer", None), (int, float))
-            },
+            "normalizers": normalizers(model),
             "losses": {k: v.item() for k, v in losses.items()},
         }
         try:
@@ -394,8 +391,7 @@ def replay(path: Path) -> dict[str, Any]:
     for name, module in watched.items():
         if not any(module.children()):
             module.register_forward_hook(watch(name))
-    for name, value in content["normalizers"].items():
-        watched[name].loss_normalizer = value
+    set_normalizers(model, content["normalizers"])
     torch.set_rng_state(content["random"]["cpu"])
     if "cuda" in content["random"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(content["random"]["cuda"])

@@ -100,6 +100,11 @@ class FrozenTeacher:
                 "MODEL.DISTILL.TEACHER.COMPILE False"
             ) from e
 
+    @staticmethod
+    def flip_channels(inputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Inputs with the channels of their ``image`` (C, H, W) in the other order, RGB or BGR."""
+        return [{**x, "image": x["image"].flip(0)} for x in inputs]
+
     def apply(self, fn: Callable[[Any], Any]) -> None:
         """Apply a tensor function (``to``, ``cuda``, ``half``) as ``nn.Module`` would."""
         self.model._apply(fn)

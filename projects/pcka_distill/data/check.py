@@ -114,7 +114,8 @@ def check_annotations(file: str, name: str) -> None:
             "bbox": _are_numbers(annotation.get("bbox")),
             "id": _is_number(annotation.get("id")),
         }
-        for wrong in (key for key, ok in right.items() if not ok):
+        wrong = next((key for key, ok in right.items() if not ok), None)
+        if wrong is not None:
             raise UserError(
                 f"dataset {name} cannot be used: the {wrong} of annotation {annotation.get('id')} "
                 f"is {annotation.get(wrong)!r}, and COCO's evaluation reads it; mend it in {file}"
