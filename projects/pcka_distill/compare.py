@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import platform
+import re
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,7 +35,6 @@ from pcka_distill.teacher import digest_of
 
 __all__ = ["Comparison", "compare", "read_plan", "write_page"]
 
-_METRICS = ("AP", "AP50", "AP75")
 Opts = dict[str, Any]
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -97,10 +97,17 @@ class Plan:
     methods: dict[str, Method]
     sections: list[Section]
     text: str = ""
+    #: what a run is measured by, "task/metric" as its results.json has them; the first decides
+    metrics: list[str] = field(default_factory=lambda: ["bbox/AP", "bbox/AP50", "bbox/AP75"])
     #: seeds of the runs that settings are chosen by
     tune_seeds: list[int] = field(default_factory=lambda: [100, 101])
     #: keep what the teachers compute on disk; for images that come back unchanged
     cache: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """Of the metrics, without their tasks."""
+        return [x.partition("/")[2] for x in self.metrics]
 
 
 def _make(kind: type[T], content: Any, where: str) -> T:
@@ -135,6 +142,8 @@ def read_plan(path: Path) -> Plan:
         if name not in names:
             raise UserError(f"{where} names {name!r}, which {path} does not define")
 
+    if not plan.metrics or not all(re.fullmatch(r"[^/]+/.+", x) for x in plan.metrics):
+        raise UserError(f"{path}: metrics are written as task/metric, such as bbox/AP")
     if plan.choose_on == plan.report_on:
         raise UserError(f"{path}: choose_on and report_on must be two datasets")
     for name, task in plan.tasks.items():
@@ -316,7 +325,8 @@ class Comparison:
             rows = [self.row(job) for job in self._jobs(task, opts, self.plan.tune_seeds)]
             if None in rows:
                 return None
-            values = [_metric(row, self.plan.choose_on, "AP") for row in rows if row]
+            plan = self.plan
+            values = [_metric(row, plan.choose_on, plan.names[0]) for row in rows if row]
             scores.append(statistics.mean(values))
         # One that diverged is the last to be taken.
         order = [-math.inf if math.isnan(score) else score for score in scores]
@@ -371,15 +381,15 @@ def _metric(row: Row, dataset: str, name: str) -> float:
     return math.nan if value is None else float(value)
 
 
-def _history(folder: Path, datasets: Sequence[str]) -> list[list[Any]]:
-    """[iteration, {dataset: AP}] of each evaluation on the way."""
+def _history(folder: Path, datasets: Sequence[str], metric: str) -> list[list[Any]]:
+    """[iteration, {dataset: value}] of each evaluation on the way, of a task/metric."""
     found: dict[int, dict[str, float]] = {}
     for line in (folder / "metrics.json").read_text().splitlines():
         content = json.loads(line)
         for key, value in content.items():
-            if key == "bbox/AP" or key.endswith("/bbox/AP"):
+            if key == metric or key.endswith(f"/{metric}"):
                 # Of a single dataset Detectron2 leaves out the name.
-                dataset = key.removesuffix("bbox/AP").rstrip("/") or datasets[0]
+                dataset = key.removesuffix(metric).rstrip("/") or datasets[0]
                 found.setdefault(content["iteration"] + 1, {})[dataset] = value
     return [[i, found[i]] for i in sorted(found)]
 
@@ -398,8 +408,8 @@ def _execute(comparison: Comparison, job: Job, runs: Path, teacher: Path | None)
         found = run(task.config, folder, flat, label="", teacher=teacher, threads=1)
     except Diverged as e:
         return {"diverged": str(e), "environment": _environment(folder)}
-    row = _result(found, folder)
-    history = _history(folder, list(found["results"]))
+    row = _result(found, folder, plan.metrics)
+    history = _history(folder, list(found["results"]), plan.metrics[0])
     if len(history) > 1:
         row["history"] = history
     return row
@@ -413,12 +423,13 @@ def _environment(folder: Path) -> str:
     return f"torch {torch.__version__}, Python {platform.python_version()}, {device}"
 
 
-def _result(found: dict[str, Any], folder: Path) -> Row:
+def _result(found: dict[str, Any], folder: Path, metrics: Sequence[str]) -> Row:
     """Of a ``results.json`` what is kept."""
+    wanted = [x.partition("/") for x in metrics]
     return {
         # Of a model that finds nothing Detectron2 says that there is no AP.
         "metrics": {
-            dataset: {k: round(v["bbox"][k] or 0.0, 3) for k in _METRICS}
+            dataset: {name: round(v[task][name] or 0.0, 3) for task, _, name in wanted}
             for dataset, v in found["results"].items()
         },
         "seconds": round(found["train_seconds"], 1),
@@ -453,7 +464,8 @@ def _teachers(
         digest = digest_of(state)
         known = comparison.teachers.get(config)
         if known is None and found is not None:
-            comparison.add_teacher(config, {**_result(found, folder), "weights": digest})
+            row = _result(found, folder, comparison.plan.metrics)
+            comparison.add_teacher(config, {**row, "weights": digest})
         elif known is not None and known["weights"] != digest:
             raise UserError(
                 f"{weights[config]} is another teacher than that of {comparison.path}: bring its "
@@ -498,7 +510,8 @@ def compare(
                             result = str(e)
                         else:
                             comparison.add(job, row)
-                            result = f"{_metric(row, comparison.plan.choose_on, 'AP'):.1f}"
+                            plan = comparison.plan
+                            result = f"{_metric(row, plan.choose_on, plan.names[0]):.1f}"
                         bar.update()
                         bar.write(f"{count} of {len(jobs)}: {job.folder}: {result}")
                 except BaseException:
@@ -549,6 +562,7 @@ def _setting_text(comparison: Comparison, section: Section, name: str) -> str:
 def table(comparison: Comparison, section: Section) -> list[str]:
     """A section's table; a method whose runs are not all there has a row that says so."""
     plan = comparison.plan
+    first, *others = plan.names
     names = [*section.methods, *filter(None, [section.reference])]
     rows = {name: comparison.results(section, name) for name in names}
 
@@ -558,15 +572,15 @@ def table(comparison: Comparison, section: Section) -> list[str]:
     def over(name: str, other: str) -> tuple[str, str]:
         if name == other or len(rows[other]) < section.seeds:
             return "", ""
-        return _difference(values(name, "AP"), values(other, "AP"))
+        return _difference(values(name, first), values(other, first))
 
     alone = [x for x in section.methods if not (plan.methods[x].losses or plan.methods[x].combine)]
-    columns = ["method", "chosen on val", "AP"]
+    columns = ["method", "chosen on val", first]
     if alone:
         columns.append("over the student alone")
     if section.reference:
         columns.append(f"over {comparison.title(section.reference)}")
-    columns += ["AP50", "AP75", "AP, val"]
+    columns += [*others, f"{first}, val"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for name in section.methods:
         cells = [comparison.title(name), _setting_text(comparison, section, name)]
@@ -575,13 +589,13 @@ def table(comparison: Comparison, section: Section) -> list[str]:
         elif diverged := sum("diverged" in row for row in rows[name]):
             cells.append(f"{diverged} of {section.seeds} diverged")
         else:
-            cells.append(spread(values(name, "AP")))
+            cells.append(spread(values(name, first)))
             if alone:
                 cells.append(over(name, alone[0])[0])
             if section.reference:
                 cells.append(", ".join(filter(None, over(name, section.reference))))
-            cells += [spread(values(name, x)) for x in ("AP50", "AP75")]
-            cells.append(spread(values(name, "AP", plan.choose_on)))
+            cells += [spread(values(name, x)) for x in others]
+            cells.append(spread(values(name, first, plan.choose_on)))
         cells += [""] * (len(columns) - len(cells))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -592,6 +606,7 @@ def _plot(comparison: Comparison, section: Section, path: Path) -> None:
     from matplotlib.figure import Figure
 
     plan = comparison.plan
+    first = plan.names[0]
     curves = section.plot == "iterations"
     needed = "history" if curves else "metrics"
     made = {name: comparison.results(section, name) for name in section.methods}
@@ -616,19 +631,19 @@ def _plot(comparison: Comparison, section: Section, path: Path) -> None:
             low, high = ([m + k * s for m, s in zip(mean, deviation)] for k in (-1, 1))
             axes.fill_between(iterations, low, high, color=line.get_color(), alpha=0.12)
         else:
-            values = [_metric(row, plan.report_on, "AP") for row in rows]
+            values = [_metric(row, plan.report_on, first) for row in rows]
             axes.plot(values, [i] * len(values), "o", color="0.6", markersize=4)
             axes.plot([statistics.mean(values)], [i], "|", color="black", markersize=14, mew=2)
     axes.grid(axis="both" if curves else "x", alpha=0.3)
     if curves:
         axes.set_xlabel("iteration")
-        axes.set_ylabel(f"AP, {plan.report_on}")
+        axes.set_ylabel(f"{first}, {plan.report_on}")
         if done:
             axes.legend()
     else:
         axes.set_yticks(range(len(done)), [comparison.title(name) for name in done])
         axes.invert_yaxis()
-        axes.set_xlabel(f"AP, {plan.report_on}; a dot a seed, a line their mean")
+        axes.set_xlabel(f"{first}, {plan.report_on}; a dot a seed, a line their mean")
     figure.savefig(path, dpi=110)
 
 
@@ -656,9 +671,10 @@ def write_page(comparison: Comparison, path: Path) -> str:
     used = [*comparison.teachers.values(), *comparison.rows.values()]
     where = sorted({row["environment"] for row in used})
     if comparison.teachers:
-        lines += ["## Teachers", "", "| config | AP | AP, val |", "|---|---|---|"]
+        first = plan.names[0]
+        lines += ["## Teachers", "", f"| config | {first} | {first}, val |", "|---|---|---|"]
         for config, row in sorted(comparison.teachers.items()):
-            aps = [f"{_metric(row, x, 'AP'):.1f}" for x in (plan.report_on, plan.choose_on)]
+            aps = [f"{_metric(row, x, first):.1f}" for x in (plan.report_on, plan.choose_on)]
             lines.append(f"| {config} | {' | '.join(aps)} |")
         lines.append("")
     text = "\n".join([*lines, f"{len(comparison.rows)} runs: {'; '.join(where)}."]) + "\n"
