@@ -20,7 +20,7 @@ from pcka_distill.tool import run_tool, tool_parser
 def main(args: argparse.Namespace) -> None:
     """Make the runs that are missing, then the page."""
     plan = read_plan(args.plan)
-    comparison = Comparison(plan, args.results or args.plan.with_name("results.jsonl"))
+    comparison = Comparison(plan, args.results or args.plan.with_name(plan.results))
     sections = [
         s for s in plan.sections if not args.sections or any(w in s.title for w in args.sections)
     ]
@@ -31,7 +31,8 @@ def main(args: argparse.Namespace) -> None:
         print(f"{len(comparison.missing(sections))} runs are known to be missing")
         return
     if not args.page_only:
-        compare(comparison, sections, args.runs, args.jobs)
+        runs = args.runs or REPOSITORY / "output" / args.plan.stem
+        compare(comparison, sections, runs, args.jobs)
     page = args.plan.with_suffix(".md")
     print(write_page(comparison, page))
 
@@ -43,8 +44,8 @@ if __name__ == "__main__":
         "--sections", nargs="+", default=[], help="words in the titles of the tables to make"
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument("--runs", type=Path, default=REPOSITORY / "output" / "comparison")
-    parser.add_argument("--results", type=Path, help="default: results.jsonl beside the plan")
+    parser.add_argument("--runs", type=Path, help="default: output/ and the plan's name")
+    parser.add_argument("--results", type=Path, help="default: that of the plan, beside it")
     parser.add_argument("--dry-run", action="store_true", help="count the runs that are missing")
     parser.add_argument("--page-only", action="store_true", help="make the page of what is there")
     run_tool(parser, main, "interrupted; the same command goes on")

@@ -97,6 +97,8 @@ class Plan:
     methods: dict[str, Method]
     sections: list[Section]
     text: str = ""
+    #: file of the results, beside the plan
+    results: str = "results.jsonl"
     #: what a run is measured by, "task/metric" as its results.json has them; the first decides
     metrics: list[str] = field(default_factory=lambda: ["bbox/AP", "bbox/AP50", "bbox/AP75"])
     #: seeds of the runs that settings are chosen by
