@@ -1,12 +1,13 @@
 """Detection distillation by centered kernel alignment, for Detectron2.
 
 Importing it registers the meta-architectures ``DistillationModel`` and ``FCOS``, the distillation
-losses, two backbones and the digits datasets.
+losses, backbones, PSPNet's head and the digits datasets.
 """
 
 from pcka_distill import _quiet  # noqa: F401  (before anything imports Detectron2)
 from pcka_distill import backbones as _backbones  # noqa: F401  (registers them)
 from pcka_distill import fcos as _fcos  # noqa: F401  (registers it)
+from pcka_distill import psp as _psp  # noqa: F401  (registers it)
 from pcka_distill.adapters import Adapter, find_adapter, register_adapter
 from pcka_distill.build import get_distill_cfg, register_config, student_config
 from pcka_distill.config import add_pcka_distill_config

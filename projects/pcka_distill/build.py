@@ -27,6 +27,7 @@ from detectron2.config import (
 from detectron2.config.compat import guess_version
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.projects.deeplab import add_deeplab_config
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -73,7 +74,7 @@ def own_random_stream() -> Iterator[None]:
 _TRUST = ("TRUST_CONFIG", "TRUST_CHECKPOINT")
 # A config of Detectron2 has some hundreds.
 _MAX_VALUES = 100_000
-_ADD_KEYS: list[Callable[[CfgNode], None]] = [add_pcka_distill_config]
+_ADD_KEYS: list[Callable[[CfgNode], None]] = [add_deeplab_config, add_pcka_distill_config]
 
 
 def register_config(add_keys: Callable[[CfgNode], None]) -> Callable[[CfgNode], None]:
@@ -88,7 +89,7 @@ def register_config(add_keys: Callable[[CfgNode], None]) -> Callable[[CfgNode], 
 
 
 def get_distill_cfg() -> CfgNode:
-    """Detectron2's default config with this project's keys and the registered ones."""
+    """Detectron2's default config, with its DeepLab's keys, this project's and registered ones."""
     cfg = get_cfg()
     for add_keys in _ADD_KEYS:
         add_keys(cfg)
@@ -365,14 +366,14 @@ _PRECISIONS = {
 }
 
 
-def build_teacher(cfg: CfgNode, *, read_classes: bool = True) -> FrozenTeacher:
+def build_teacher(cfg: CfgNode, *, class_key: str = "") -> FrozenTeacher:
     """The teacher of ``MODEL.DISTILL.TEACHER``, with all of its weights loaded.
 
     It lives on ``MODEL.DEVICE``, whatever its own config says.
 
     Args:
         cfg: the student's.
-        read_classes: look up the names of its classes, see :func:`class_names`.
+        class_key: look up the names of its classes, see :func:`class_names`; empty does not.
     """
     node = cfg.MODEL.DISTILL.TEACHER
     if not node.CONFIG_FILE:
@@ -458,7 +459,7 @@ def build_teacher(cfg: CfgNode, *, read_classes: bool = True) -> FrozenTeacher:
     return FrozenTeacher(
         model,
         input_format=plan.input_format,
-        classes=class_names(plan.datasets) if read_classes else None,
+        classes=class_names(plan.datasets, class_key) if class_key else None,
         precision=_PRECISIONS[precision],
         channels_last=node.CHANNELS_LAST,
         compiled=node.COMPILE,
@@ -466,19 +467,23 @@ def build_teacher(cfg: CfgNode, *, read_classes: bool = True) -> FrozenTeacher:
     )
 
 
-def class_names(datasets: Sequence[str]) -> list[str] | None:
+def class_names(datasets: Sequence[str], key: str = "thing_classes") -> list[str] | None:
     """The class names of a config's datasets; None if nobody here has registered them.
 
     Those of a COCO json of one's own are known only once it is read, so it is.
+
+    Args:
+        datasets: their names.
+        key: what their metadata call them.
     """
     for name in datasets:
         metadata = MetadataCatalog.get(name)
         file = metadata.get("json_file")
-        if name in DatasetCatalog and "thing_classes" not in metadata.as_dict():
+        if name in DatasetCatalog and key not in metadata.as_dict():
             if file is None or not os.path.isfile(file):
                 continue
             DatasetCatalog.get(name)
-        classes = metadata.get("thing_classes")
+        classes = metadata.get(key)
         if classes is not None:
             return list(classes)
     return None

@@ -89,7 +89,8 @@ def add_pcka_distill_config(cfg: CN) -> None:
         node.LEVELS = ()
     for name in _LOGIT_LOSSES:
         node = cfg.MODEL.DISTILL[name]
-        # Dense heads: rows an image, the teacher's best-scored; 0 for all. Box heads: not used.
+        # Dense heads: rows an image, the teacher's best-scored; 0 for all. Elsewhere not used: all
+        # regions of a box head, all pixels of a segmentation.
         node.TOPK_PER_IMAGE = 50
         # And of them only those that the student's labels match with an object.
         node.FOREGROUND_ONLY = False
@@ -122,6 +123,8 @@ def add_pcka_distill_config(cfg: CN) -> None:
     # Relate samples by the scores, softmax or sigmoid as the head has, of logits / TEMPERATURE, and
     # classes by those of a sigmoid; 0 for the logits themselves.
     node.TEMPERATURE = 0.0
+    # What a sample is: "rows" (regions, anchors, pixels), or of a segmentation "images".
+    node.SAMPLES = "rows"
 
     # FCKA: relations between the images of a batch.
     cfg.MODEL.DISTILL.FCKA.CENTER = True
@@ -146,6 +149,15 @@ def add_pcka_distill_config(cfg: CN) -> None:
     cfg.MODEL.DISTILL.MGD.MASK_RATIO = 0.65
     # ReviewKD: channels in which levels are fused; 0 for the teacher's, at most 512.
     cfg.MODEL.DISTILL.REVIEWKD.HIDDEN = 0
+
+    # PSPHead; the rest of it is in MODEL.SEM_SEG_HEAD.
+    cfg.MODEL.PSP_HEAD = CN()
+    # Sides of the grids that the map is averaged over.
+    cfg.MODEL.PSP_HEAD.POOL_SIZES = [1, 2, 3, 6]
+    cfg.MODEL.PSP_HEAD.DROPOUT = 0.1
+    # Level of the auxiliary head, "" for none, and the weight of its loss.
+    cfg.MODEL.PSP_HEAD.AUX_FEATURE = "res4"
+    cfg.MODEL.PSP_HEAD.AUX_WEIGHT = 0.4
 
     # Other projects have an FCOS of their own: theirs stays.
     if "FCOS" not in cfg.MODEL:

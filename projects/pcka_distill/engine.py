@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import errno
 import functools
+import importlib.util
 import json
 import logging
 import math
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
@@ -38,15 +40,20 @@ from detectron2.engine import (
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.evaluation import (
+    CityscapesSemSegEvaluator,
     COCOEvaluator,
     DatasetEvaluator,
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
 )
+from detectron2.projects.deeplab import add_deeplab_config, build_lr_scheduler
 from detectron2.solver import build_optimizer
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
+from PIL import Image
 from torch import distributed, nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 
@@ -67,6 +74,7 @@ from pcka_distill.checkpoint import (
 from pcka_distill.config import add_pcka_distill_config
 from pcka_distill.data.check import check_annotations, check_records
 from pcka_distill.data.loader import ResumableLoader, build_train_loader, own_random_numbers
+from pcka_distill.data.sem_seg import sem_seg_mapper
 from pcka_distill.errors import UserError, reason
 from pcka_distill.hooks import ProgressBar, RunState, Stopwatch
 from pcka_distill.memory import checkpoint_activations
@@ -117,6 +125,7 @@ def _no_traceback_of_user_errors() -> Iterator[None]:
         theirs.removeFilter(unless_ours)
 
 
+_EVALUATORS = {"coco": COCOEvaluator, "lvis": LVISEvaluator, "sem_seg": SemSegEvaluator}
 _PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -241,7 +250,13 @@ class Trainer(DefaultTrainer):
                 proposal_files=proposals if cfg.MODEL.LOAD_PROPOSALS else None,
             ),
         )
-        return build_train_loader(cfg, records)
+        segments = student_config(cfg).MODEL.META_ARCHITECTURE == "SemanticSegmentor"
+        return build_train_loader(cfg, records, sem_seg_mapper(cfg) if segments else None)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+        """Detectron2's, and WarmupPolyLR of its project DeepLab."""
+        return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -270,9 +285,14 @@ class Trainer(DefaultTrainer):
         kind = _evaluator_type(dataset_name)
         if kind == "pascal_voc":
             return PascalVOCDetectionEvaluator(dataset_name)
+        if kind == "cityscapes_sem_seg":
+            return CityscapesSemSegEvaluator(dataset_name)
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        evaluator = COCOEvaluator if kind == "coco" else LVISEvaluator
-        return evaluator(dataset_name, output_dir=folder)
+        evaluator = _EVALUATORS[kind](dataset_name, output_dir=folder)
+        if kind == "sem_seg":
+            # Detectron2's own asks NumPy 2 for an array that is no copy, which it cannot give.
+            evaluator.sem_seg_loading_fn = _read_labels
+        return evaluator
 
     def build_hooks(self) -> list[HookBase | None]:
         hooks: list[HookBase | None] = super().build_hooks()
@@ -353,12 +373,23 @@ def _check_evaluation(name: str) -> None:
         check_annotations(file, name)
 
 
+def _read_labels(file_name: str, dtype: Any = None) -> Any:
+    """(H, W) of an image of labels."""
+    with PathManager.open(file_name, "rb") as f:
+        return np.asarray(Image.open(f), dtype=dtype)
+
+
 def _evaluator_type(dataset: str) -> str:
     kind = MetadataCatalog.get(dataset).get("evaluator_type")
-    if kind not in ("coco", "lvis", "pascal_voc"):
+    kinds = (*_EVALUATORS, "pascal_voc", "cityscapes_sem_seg")
+    if kind not in kinds:
         raise UserError(
             f"no evaluator for dataset {dataset!r} of type {kind!r}; set its evaluator_type in "
-            "MetadataCatalog to coco, lvis or pascal_voc"
+            f"MetadataCatalog to one of {', '.join(kinds)}"
+        )
+    if kind == "cityscapes_sem_seg" and importlib.util.find_spec("cityscapesscripts") is None:
+        raise UserError(
+            f"the evaluation of {dataset!r} needs cityscapesscripts: pip install cityscapesscripts"
         )
     return str(kind)
 
@@ -374,16 +405,17 @@ def _check_classes(datasets: Sequence[str], model: nn.Module) -> None:
     """Refuse a head whose number of classes is not the datasets'."""
     student = _student(model)
     try:
-        count = find_adapter(student).num_classes(student)
+        adapter = find_adapter(student)
+        count = adapter.num_classes(student)
     except UserError:
         # A plain model of a family that we cannot distil can still be trained.
         return
     for name in datasets:
-        classes = MetadataCatalog.get(name).get("thing_classes")
+        classes = MetadataCatalog.get(name).get(adapter.class_key)
         if None not in (classes, count) and len(classes) != count:
             raise UserError(
                 f"dataset {name!r} has {len(classes)} classes and the model has {count}; set "
-                f"NUM_CLASSES of MODEL.RETINANET, FCOS or ROI_HEADS to {len(classes)}"
+                f"NUM_CLASSES of MODEL.RETINANET, FCOS, ROI_HEADS or SEM_SEG_HEAD to {len(classes)}"
             )
 
 
@@ -526,6 +558,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
             or stock.MODEL.FCOS.keys() != own.MODEL.FCOS.keys()
         ):
             del own.MODEL["FCOS"]
+        if stock.MODEL.META_ARCHITECTURE != "SemanticSegmentor":
+            add_deeplab_config(own)
+        elif stock.MODEL.SEM_SEG_HEAD.NAME == "PSPHead":
+            del own.MODEL["PSP_HEAD"]
         _drop_own_keys(stock, own, get_cfg())
         path = Path(cfg.OUTPUT_DIR, "student_config.yaml")
         write_whole(path, lambda f: f.write(stock.dump().encode()))

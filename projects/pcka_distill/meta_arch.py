@@ -138,14 +138,15 @@ class DistillationModel(nn.Module):
         student = build_student(cfg)
         losses = build_losses(cfg)
         # Only for logits: to know the classes of a COCO json, all of it is read.
-        read_classes = any("logits" in loss.reads for loss in losses)
-        teacher = build_teacher(cfg, read_classes=read_classes) if losses else None
+        reads_logits = any("logits" in loss.reads for loss in losses)
+        key = find_adapter(student).class_key if reads_logits else ""
+        teacher = build_teacher(cfg, class_key=key) if losses else None
         return {
             "student": student,
             "teacher": teacher,
             "losses": losses,
             "input_format": cfg.INPUT.FORMAT,
-            "classes": class_names(cfg.DATASETS.TRAIN) if read_classes else None,
+            "classes": class_names(cfg.DATASETS.TRAIN, key) if key else None,
             "smallest_batch": _smallest_batch(cfg, student),
         }
 
@@ -223,7 +224,11 @@ class DistillationModel(nn.Module):
                 columns = self._student_adapter.select_classes(
                     self.student, blank, list(range(shared))
                 )
-                loss.check_logits(columns.shape[1], sigmoid=sigmoid)
+                loss.check_logits(
+                    columns.shape[1],
+                    sigmoid=sigmoid,
+                    background=self._student_adapter.background,
+                )
             unknown = ", ".join(x for x in loss.levels if x not in groups)
             if unknown:
                 raise UserError(
@@ -368,7 +373,7 @@ def _pair_classes(
         raise UserError(
             f"{readers} compares logits, the student has {counts[0]} classes, the teacher "
             f"{counts[1]}, and their names are not known; register both datasets with "
-            "thing_classes, or take the loss out of MODEL.DISTILL.LOSSES"
+            "their class names, or take the loss out of MODEL.DISTILL.LOSSES"
         )
     if list(mine) == list(theirs):
         return None

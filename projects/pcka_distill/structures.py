@@ -19,14 +19,15 @@ class Taps:
         logits: group name -> class logits before any sigmoid or softmax. A dense head gives one
             group a level, (B, H*W*A, K) for A anchors of K classes; a box head gives one group
             ``"box"``, (R, K + 1) for the R regions of all images together, a cascade one group
-            ``"stage0"``, ... a stage.
+            ``"stage0"``, ... a stage. Segmentation gives one group ``"pixels"``, (B, h, w, K).
         regions: group of a box head -> per image, the boxes that the rows of its logits stand
             for, in pixels of the network's input. Empty for dense detectors.
         labels: group -> what the student's own labels say of the rows of its logits, of their
             shape without the last axis: the index of a class, the number of classes for
             background, -1 for what is ignored.
-        sigmoid: whether the logits are scored class by class, not by a softmax that has the
-            background in its last column.
+        sigmoid: whether the logits are scored class by class, not by a softmax.
+        background: whether most rows are background. Of a softmax its column is then the last,
+            and of a dense head only the best rows are compared. Elsewhere every row has a class.
         boxes: per image (M, 4), the true boxes x1, y1, x2, y2 in pixels of the network's input.
         images: (B, 3, H, W), the batch after normalisation and padding.
     """
@@ -36,6 +37,7 @@ class Taps:
     regions: dict[str, list[Any]] = field(default_factory=dict)
     labels: dict[str, Tensor] = field(default_factory=dict)
     sigmoid: bool = False
+    background: bool = True
     boxes: list[Tensor] = field(default_factory=list)
     images: Tensor | None = None
 

@@ -14,7 +14,7 @@ from pcka_distill.errors import UserError
 from pcka_distill.recorder import Call
 from pcka_distill.structures import Taps
 
-__all__ = ["Adapter", "Record", "find_adapter", "prepare_alike", "register_adapter"]
+__all__ = ["Adapter", "Record", "find_adapter", "padding", "prepare_alike", "register_adapter"]
 
 #: name of a hook point -> its calls, in order
 Record = Mapping[str, list[Call]]
@@ -33,6 +33,10 @@ class Adapter:
     title: ClassVar[str] = ""
     #: what it can read, of {"features", "logits", "labels", "boxes"}
     provides: ClassVar[frozenset[str]] = frozenset({"features", "logits", "boxes"})
+    #: whether most rows of its logits are background, see :class:`.Taps`
+    background: ClassVar[bool] = True
+    #: what a dataset's metadata call the names of its classes
+    class_key: ClassVar[str] = "thing_classes"
 
     def feature_shapes(self, model: Any) -> dict[str, ShapeSpec]:
         """Level -> channels and stride of the feature maps that can be read."""
@@ -93,11 +97,17 @@ class Adapter:
         if "logits" in reads:
             self.read_logits(model, record, taps)
             taps.sigmoid = self.is_sigmoid(model)
+            taps.background = self.background
         if "labels" in reads:
             self.read_labels(model, batched_inputs, taps)
         if "boxes" in reads:
             taps.boxes = [_boxes(x["instances"]).to(call.args[0].device) for x in batched_inputs]
         return taps
+
+    def preprocess(self, model: Any, batched_inputs: list[dict[str, Any]]) -> Tensor:
+        """The normalised and padded batch (B, 3, H, W) of raw inputs, as a model makes it."""
+        images: Tensor = model.preprocess_image(batched_inputs).tensor
+        return images
 
     def read_logits(self, model: Any, record: Record, taps: Taps) -> None:
         """Add the student's logits, and the regions that they stand for, to its taps.
@@ -145,14 +155,14 @@ class Adapter:
         backbone = model.backbone
         if alike and student.images is not None:
             return dict(backbone(student.images))
-        divisor, square = _padding(backbone)
+        divisor, square = padding(backbone)
         longest = max(max(x["image"].shape[-2:]) for x in batched_inputs)
         if square and longest > square:
             raise UserError(
                 f"the teacher pads images to {square} x {square} pixels, and here is one of "
                 f"{longest}; set INPUT.MAX_SIZE_TRAIN to at most {square}"
             )
-        images = model.preprocess_image(batched_inputs).tensor
+        images = self.preprocess(model, batched_inputs)
         # Both sides pad at the bottom and right. Where the teacher pads less than the student,
         # pad it further (with the zeros of ImageList), so that its maps can be cut to size.
         bottom, right = (
@@ -185,7 +195,7 @@ def _boxes(truth: Any) -> Tensor:
     return boxes
 
 
-def _padding(backbone: Any) -> tuple[int, int]:
+def padding(backbone: Any) -> tuple[int, int]:
     """What the sides of a batch must be multiples of, and the square it must fill; 0 for none."""
     constraints = getattr(backbone, "padding_constraints", None) or {}
     # That of a vision transformer is misspelled in Detectron2, which therefore passes it over: what
@@ -202,10 +212,11 @@ def prepare_alike(student: Any, teacher: Any) -> bool:
     student pads to a multiple of what the teacher needs.
     """
     for model in (student, teacher):
-        prepare = getattr(type(model), "preprocess_image", None)
-        if not getattr(prepare, "__module__", "").startswith("detectron2.modeling.meta_arch"):
+        # Of semantic segmentation it is a part of the forward.
+        prepare = getattr(type(model), "preprocess_image", type(model).forward)
+        if not prepare.__module__.startswith("detectron2.modeling.meta_arch"):
             return False
-    (mine, my_square), (theirs, their_square) = (_padding(x.backbone) for x in (student, teacher))
+    (mine, my_square), (theirs, their_square) = (padding(x.backbone) for x in (student, teacher))
     return (
         mine % theirs == 0
         and not (my_square or their_square)

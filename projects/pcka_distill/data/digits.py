@@ -7,14 +7,16 @@ small detector learns in minutes on a laptop's CPU.
 
 ``digits_train`` (1500 images), ``digits_val`` (300) and ``digits_test`` (300) are Detectron2
 datasets in COCO format with boxes and masks. A digit appears in one split only. The first tenth of
-the training images is ``digits_train_10``, for what few labels are worth. They are rendered when
-they are first read, into ``$DETECTRON2_DATASETS/pcka_digits`` (default
+the training images is ``digits_train_10``, for what few labels are worth. ``digits_sem_seg_train``,
+``..._val`` and ``..._test`` are the same images with a class for every pixel. They are rendered
+when they are first read, into ``$DETECTRON2_DATASETS/pcka_digits`` (default
 ``./datasets/pcka_digits``).
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import shutil
@@ -22,8 +24,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pycocotools.mask as mask_util
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
+from PIL import Image
 
 from pcka_distill.errors import UserError
 
@@ -38,6 +43,8 @@ SPLITS = {
 }
 FOLDER = "pcka_digits"
 CLASSES = [str(i) for i in range(10)]
+#: side of the images, in pixels
+IMAGE_SIZE = 96
 # Raise it when the rendering changes: a cached set of another version is rendered again.
 VERSION = 1
 _STAMP = "pcka_distill digits, version "
@@ -104,8 +111,60 @@ def _load(split: str, name: str, root: str, count: int | None) -> list[dict[str,
     return records[:count]
 
 
+def _ensure_sem_seg(root: str) -> Path:
+    """Write the class of every pixel beside the images, of which the json has the masks."""
+    folder = ensure_digits(root)
+    found = folder / "sem_seg"
+    if found.is_dir():
+        return found
+    try:
+        partial = Path(tempfile.mkdtemp(prefix=".sem_seg-", dir=folder))
+        try:
+            for split in SPLITS:
+                (partial / split).mkdir()
+                coco = json.loads((folder / f"{split}.json").read_text())
+                labels = {
+                    x["id"]: np.full((x["height"], x["width"]), len(CLASSES), np.uint8)
+                    for x in coco["images"]
+                }
+                for x in coco["annotations"]:
+                    # A digit's mask is what is seen of it: no two overlap.
+                    mask = mask_util.decode(x["segmentation"]).astype(bool)
+                    labels[x["image_id"]][mask] = x["category_id"] - 1
+                for x in coco["images"]:
+                    Image.fromarray(labels[x["id"]]).save(partial / split / x["file_name"])
+            partial.chmod(0o755)
+            partial.rename(found)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as e:
+        # Another process may have finished first; its files are the same.
+        if not found.is_dir():
+            raise UserError(
+                f"the digits set cannot be written: {e}; set DETECTRON2_DATASETS to another folder"
+            ) from e
+    return found
+
+
+def _load_sem_seg(split: str, root: str) -> list[dict[str, Any]]:
+    labels = _ensure_sem_seg(root) / split
+    images = labels.parents[1] / split
+    return [
+        {
+            "file_name": str(images / path.name),
+            "sem_seg_file_name": str(path),
+            "image_id": int(path.stem) + 1,
+            "height": IMAGE_SIZE,
+            "width": IMAGE_SIZE,
+        }
+        for path in sorted(labels.glob("*.png"))
+    ]
+
+
 def register_digits(root: str = "") -> None:
-    """Register ``digits_{train,train_10,val,test}``; nothing is rendered until one is read.
+    """Register ``digits_{train,train_10,val,test}`` and ``digits_sem_seg_{train,val,test}``.
+
+    Nothing is rendered until one is read.
 
     Importing the package does it once, and leaves datasets of these names alone.
 
@@ -131,4 +190,19 @@ def register_digits(root: str = "") -> None:
             evaluator_type="coco" if count is None else None,
             prepare=functools.partial(ensure_digits, folder),
             thing_classes=CLASSES,
+        )
+    for split in SPLITS:
+        name = f"digits_sem_seg_{split}"
+        if name in DatasetCatalog:
+            if not root:
+                continue
+            DatasetCatalog.remove(name)
+            MetadataCatalog.pop(name, None)
+        DatasetCatalog.register(name, functools.partial(_load_sem_seg, split, folder))
+        MetadataCatalog.get(name).set(
+            image_root=os.path.join(folder, FOLDER, split),
+            evaluator_type="sem_seg",
+            prepare=functools.partial(_ensure_sem_seg, folder),
+            stuff_classes=[*CLASSES, "background"],
+            ignore_label=255,
         )

@@ -11,9 +11,9 @@ import numpy as np
 import pycocotools.mask as mask_util
 from sklearn.datasets import load_digits
 
-__all__ = ["render_split"]
+from pcka_distill.data.digits import IMAGE_SIZE
 
-IMAGE_SIZE = 96
+__all__ = ["render_split"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 _MIN_SIDE, _MAX_SIDE = 18, 44

@@ -117,12 +117,12 @@ class DistillLoss(nn.Module):
         """
         return {}
 
-    def check_logits(self, columns: int, *, sigmoid: bool) -> None:
+    def check_logits(self, columns: int, *, sigmoid: bool, background: bool = True) -> None:
         """Refuse settings that leave nothing to compare in a head.
 
         Args:
             columns: of the logits, K or K + 1 for K classes.
-            sigmoid: see :class:`.Taps`.
+            sigmoid, background: see :class:`.Taps`.
 
         Raises:
             UserError: with what to change.
@@ -201,13 +201,14 @@ class LogitLoss(DistillLoss):
     cascade has a term for every stage.
     Dense heads: the rows are the locations that the teacher scores highest, over all levels,
     because background drowns the few objects in a mean over all anchors.
+    Segmentation: the rows are all pixels, on the grid that the student's head predicts on.
 
     Args:
         levels: feature levels of a dense head whose logits are read, or stages of a cascade;
             empty for all.
-        topk_per_image: rows kept for each image of a dense head; 0 keeps all.
-        foreground_only: keep only rows that the student's labels match with an object; of a dense
-            head still no more than ``topk_per_image``.
+        topk_per_image: rows kept for each image of a dense detection head; 0 keeps all.
+        foreground_only: keep only rows that the student's labels match with an object, or pixels
+            that are labelled; of a dense head still no more than ``topk_per_image``.
         weight, warmup_iters, decay_iters: see :class:`DistillLoss`.
 
     Raises:
@@ -215,6 +216,8 @@ class LogitLoss(DistillLoss):
     """
 
     reads = frozenset({"logits"})
+    #: a row is an image with all of its logits, where every pixel has some
+    whole_images: bool = False
 
     @configurable
     def __init__(
@@ -262,6 +265,7 @@ class LogitLoss(DistillLoss):
     ) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
         """Suffix of the term -> logits (N, P) of each side, labels (N,)."""
         chosen, dense = {}, []
+        k = self.topk_per_image if student.background else 0
         for group, y in teacher.logits.items():
             if self.levels and group not in self.levels:
                 continue
@@ -269,37 +273,43 @@ class LogitLoss(DistillLoss):
             if "labels" in self.reads:
                 labels = student.labels[group]
             if self.foreground_only and labels is not None:
-                background = y.shape[-1] - (not student.sigmoid)
-                kept = (labels >= 0) & (labels < background)
+                classes = y.shape[-1] - (student.background and not student.sigmoid)
+                kept = (labels >= 0) & (labels < classes)
             if y.dim() == 2:
                 if kept is not None and labels is not None:
                     x, y, labels = x[kept], y[kept], labels[kept]
                 chosen["" if group == "box" else group] = (x, y, labels)
                 continue
+            if self.whole_images:
+                chosen[""] = (x.flatten(1), y.flatten(1), None)
+                continue
+            # Pixels are rows like others.
+            x, y = x.flatten(1, -2), y.flatten(1, -2)
             if labels is None:
                 labels = torch.zeros_like(y[..., 0], dtype=torch.long)
+            labels = labels.flatten(1)
             score = y.amax(-1)
             if kept is not None:
-                score = score.masked_fill(~kept, -torch.inf)
+                score = score.masked_fill(~kept.flatten(1), -torch.inf)
             # The best k of all levels are among the best k of each: select before concatenating,
             # and the 10^5 anchors of a COCO image are never copied.
-            dense.append(self._best(x, y, labels, score))
+            dense.append(_best(x, y, labels, score, k))
         if dense:
             x, y, labels, score = (torch.cat(side, dim=1) for side in zip(*dense))
-            x, y, labels, score = self._best(x, y, labels, score)
+            x, y, labels, score = _best(x, y, labels, score, k)
             known = ~score.isneginf()
             labelled = labels[known] if "labels" in self.reads else None
             chosen[""] = (x[known], y[known], labelled)
         return chosen
 
-    def _best(self, x: Tensor, y: Tensor, labels: Tensor, score: Tensor) -> tuple[Tensor, ...]:
-        """Of x and y (B, R, P) and labels the rows of each image with the best score (B, R)."""
-        k = self.topk_per_image
-        if not k or k >= score.shape[1]:
-            return x, y, labels, score
-        score, rows = score.topk(k, dim=1)
-        x, y = (z.take_along_dim(rows[..., None], 1) for z in (x, y))
-        return x, y, labels.take_along_dim(rows, 1), score
+
+def _best(x: Tensor, y: Tensor, labels: Tensor, score: Tensor, k: int) -> tuple[Tensor, ...]:
+    """Of x and y (B, R, P) and labels the k rows of each image with the best score (B, R)."""
+    if not k or k >= score.shape[1]:
+        return x, y, labels, score
+    score, rows = score.topk(k, dim=1)
+    x, y = (z.take_along_dim(rows[..., None], 1) for z in (x, y))
+    return x, y, labels.take_along_dim(rows, 1), score
 
 
 def check_relation_weights(loss: DistillLoss, intra: float, inter: float) -> None:

@@ -22,6 +22,10 @@ class RCKALoss(LogitLoss):
         center, intra_weight, inter_weight: see :func:`.functional.rcka_loss`.
         temperature: relate scores, softmax or sigmoid as the head has, of logits divided by it,
             see :func:`.functional.rcka_loss`; 0 or None relates the logits themselves.
+        samples: "rows" (regions, anchors, pixels), or "images": of a segmentation, each with all of
+            its logits, as in the paper's published code. Its inter relation, which relates every
+            logit of an image to every other, is made from products of images alone (paper 3.3 by
+            ||X^T Y|| = <X X^T, Y Y^T>) and needs no more memory than intra.
         common: see :class:`.LogitLoss`.
 
     Raises:
@@ -36,17 +40,28 @@ class RCKALoss(LogitLoss):
         intra_weight: float = 1.0,
         inter_weight: float = 1.0,
         temperature: float | None = None,
+        samples: str = "rows",
         **common: Any,
     ) -> None:
         super().__init__(**common)
         check_relation_weights(self, intra_weight, inter_weight)
         if (temperature or 0) < 0:
             raise UserError("RCKALoss: TEMPERATURE must not be negative")
+        if samples not in ("rows", "images"):
+            raise UserError(f"RCKALoss: unknown samples {samples!r}, expected rows or images")
+        self.whole_images = samples == "images"
         self.center = center
         self.part_weights = {"intra": float(intra_weight), "inter": float(inter_weight)}
         self.temperature = temperature or None
 
-    def check_logits(self, columns: int, *, sigmoid: bool) -> None:
+    def check_logits(self, columns: int, *, sigmoid: bool, background: bool = True) -> None:
+        if self.whole_images:
+            if background or self.temperature or self.foreground_only:
+                raise UserError(
+                    "RCKALoss: SAMPLES images is for segmentation, with TEMPERATURE 0 and "
+                    "FOREGROUND_ONLY False; set MODEL.DISTILL.RCKA.SAMPLES rows"
+                )
+            return
         if self.temperature and columns < 2 and not sigmoid:
             raise UserError(
                 "RCKALoss: the softmax of one class is constant; set "
