@@ -11,9 +11,12 @@ from pcka_distill import get_distill_cfg
 
 REPO = Path(__file__).resolve().parents[1]
 # Those with a Digits config of their own, and those that only the tests have one for.
-SHIPPED = ("retinanet", "fcos", "faster_rcnn")
+SHIPPED = ("retinanet", "fcos", "faster_rcnn", "sem_seg")
 FAMILIES = (*SHIPPED, "cascade_rcnn", "mask_rcnn", "c4_rcnn", "panoptic_fpn")
-LEVELS = dict.fromkeys(FAMILIES, ("p3", "p4", "p5")) | {"c4_rcnn": ("res4",)}
+LEVELS = dict.fromkeys(FAMILIES, ("p3", "p4", "p5")) | {
+    "c4_rcnn": ("res4",),
+    "sem_seg": ("p2", "p3", "p4", "p5"),
+}
 STAGES = dict.fromkeys(FAMILIES, ("",)) | {"cascade_rcnn": ("_stage0", "_stage1", "_stage2")}
 
 # Of the student; its batch norm would relate the images of a part to one another.

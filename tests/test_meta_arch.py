@@ -42,6 +42,10 @@ EACH += [(f, n) for f in ("retinanet", "cascade_rcnn") for n in OTHERS]
 EACH.remove(("retinanet", "DKDLoss"))
 
 
+# Where the number of classes is, of families without RoI heads.
+NODES = {"retinanet": "RETINANET", "fcos": "FCOS", "sem_seg": "SEM_SEG_HEAD"}
+
+
 def terms(family, loss):
     """What a loss adds to the dictionary of a family's losses."""
     name = loss.removesuffix("Loss").lower()
@@ -236,14 +240,14 @@ def test_images_are_prepared_once_where_both_do_it_alike(
         model = build(family, teacher_files, losses)
         assert model._alike
         model._alike = alike
-        teacher, calls = model.teacher.model, []
-        prepare = teacher.preprocess_image
+        adapter, calls = model._teacher_adapter, []
+        prepare = adapter.preprocess
 
-        def counted(inputs, prepare=prepare, calls=calls):
+        def counted(teacher, inputs, prepare=prepare, calls=calls):
             calls.append(1)
-            return prepare(inputs)
+            return prepare(teacher, inputs)
 
-        monkeypatch.setattr(teacher, "preprocess_image", counted)
+        monkeypatch.setattr(adapter, "preprocess", counted)
         results.append(step(model, batch))
         counts.append(len(calls))
     assert counts == [0, 1]
@@ -373,6 +377,9 @@ def test_inference_is_the_student_alone(family, teacher_files, batch):
         ours, theirs = model(batch), alone(batch)
     assert not counts
     for a, b in zip(ours, theirs):
+        if family == "sem_seg":
+            assert torch.equal(a["sem_seg"], b["sem_seg"])
+            continue
         assert torch.equal(a["instances"].pred_boxes.tensor, b["instances"].pred_boxes.tensor)
         assert torch.equal(a["instances"].scores, b["instances"].scores)
 
@@ -437,7 +444,7 @@ def test_a_stock_checkpoint_loads_into_the_student(family, teacher_files, tmp_pa
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_of_other_classes_loads_as_in_stock(family, teacher_files, tmp_path):
     """Fine-tuning of a zoo model: what fits is loaded, the rest is named, nothing fails."""
-    node = {"retinanet": "RETINANET", "fcos": "FCOS"}.get(family, "ROI_HEADS")
+    node = NODES.get(family, "ROI_HEADS")
     zoo = build_model(digits_cfg(family, f"MODEL.{node}.NUM_CLASSES", 7))
     torch.save({"model": zoo.state_dict()}, tmp_path / "zoo.pth")
     ours, theirs = build(family, teacher_files), stock(family)

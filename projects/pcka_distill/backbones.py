@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
 from detectron2.projects.deeplab.resnet import DeepLabStem
-from torch import nn
+from torch import Tensor, nn
 
 from pcka_distill.errors import UserError
 
@@ -16,6 +19,7 @@ __all__ = [
     "build_dilated_resnet_backbone",
     "build_fcos_resnet_fpn_backbone",
     "build_tiny_resnet_fpn_backbone",
+    "from_torchvision",
 ]
 
 _BLOCKS = {
@@ -122,6 +126,33 @@ def build_dilated_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNe
         stages.append(blocks)
     freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
     return ResNet(stem, stages, out_features=resnet.OUT_FEATURES, freeze_at=freeze_at)
+
+
+def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of torchvision's ResNet under Detectron2's names, without the classifier.
+
+    Raises:
+        UserError: it is that of another network.
+    """
+    found = {}
+    for key, value in state.items():
+        match = re.fullmatch(r"(?:layer(\d)\.(\d+)\.)?(conv\d|bn\d|downsample\.\d)\.(\w+)", key)
+        if match is None:
+            if key not in ("fc.weight", "fc.bias"):
+                raise UserError(f"no tensor of torchvision's ResNets is called {key!r}")
+            continue
+        layer, block, part, name = match.groups()
+        place = f"res{int(layer) + 1}.{block}" if layer else "stem"
+        kind, number = part[:-1], part[-1]
+        if kind == "downsample.":
+            part = "shortcut" if number == "0" else "shortcut.norm"
+        else:
+            part = f"conv{number}" + (".norm" if kind == "bn" else "")
+        if name != "num_batches_tracked":
+            found[f"{place}.{part}.{name}"] = value
+    if "stem.conv1.weight" not in found:
+        raise UserError("that is no state of torchvision's ResNets")
+    return found
 
 
 def _fpn(cfg: CfgNode, bottom_up: ResNet, top_block: nn.Module | None = None) -> FPN:

@@ -264,10 +264,15 @@ def build_registered(cfg: CfgNode, what: str) -> nn.Module:
     """Detectron2's ``build_model``.
 
     Raises:
-        UserError: a meta-architecture, backbone or head that is not registered.
+        UserError: a meta-architecture, backbone or head that is not registered, or values that
+            they refuse.
     """
     try:
         model: nn.Module = build_model(cfg)
+    except UserError:
+        raise
+    except (AssertionError, ValueError) as e:
+        raise UserError(f"{what} cannot be built: {reason(e)}") from e
     except KeyError as e:
         if "registry" not in str(e):
             raise

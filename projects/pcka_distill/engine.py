@@ -148,6 +148,21 @@ def _precision(cfg: CfgNode) -> torch.dtype | None:
     return _PRECISIONS[name]
 
 
+class _CityscapesEvaluator(CityscapesSemSegEvaluator):
+    """Detectron2's, where cityscapesscripts 2.3 meets NumPy 2.4, which has no ``in1d`` any more."""
+
+    def evaluate(self) -> Any:
+        numpy: Any = np
+        missing = not hasattr(numpy, "in1d")
+        if missing:
+            numpy.in1d = lambda values, among: np.isin(values, among).ravel()
+        try:
+            return super().evaluate()
+        finally:
+            if missing:
+                del numpy.in1d
+
+
 class Trainer(DefaultTrainer):
     """Detectron2's DefaultTrainer: its hooks, solver and evaluators, and errors that come early.
 
@@ -286,7 +301,7 @@ class Trainer(DefaultTrainer):
         if kind == "pascal_voc":
             return PascalVOCDetectionEvaluator(dataset_name)
         if kind == "cityscapes_sem_seg":
-            return CityscapesSemSegEvaluator(dataset_name)
+            return _CityscapesEvaluator(dataset_name)
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
         evaluator = _EVALUATORS[kind](dataset_name, output_dir=folder)
         if kind == "sem_seg":
@@ -434,7 +449,7 @@ def _check_datasets(names: list[str]) -> None:
         prepare = metadata.get("prepare")
         if prepare is not None:
             prepare()
-        for key in ("json_file", "image_root"):
+        for key in ("json_file", "image_root", "image_dir", "gt_dir"):
             path = metadata.get(key)
             if path and "://" not in path and not os.path.exists(path):
                 raise UserError(
