@@ -1,7 +1,8 @@
 """Detection distillation by centered kernel alignment, for Detectron2.
 
-Importing it registers the meta-architectures ``DistillationModel`` and ``FCOS``, the distillation
-losses, backbones, PSPNet's head and the digits datasets.
+Importing it registers the meta-architectures ``DistillationModel``, ``FCOS`` and
+``ImageClassifier``, the distillation losses, backbones, PSPNet's head, and the datasets of digits,
+CIFAR and ImageNet.
 """
 
 from pcka_distill import _quiet  # noqa: F401  (before anything imports Detectron2)
@@ -10,8 +11,9 @@ from pcka_distill import fcos as _fcos  # noqa: F401  (registers it)
 from pcka_distill import psp as _psp  # noqa: F401  (registers it)
 from pcka_distill.adapters import Adapter, find_adapter, register_adapter
 from pcka_distill.build import get_distill_cfg, register_config, student_config
+from pcka_distill.classifier import ImageClassifier
 from pcka_distill.config import add_pcka_distill_config
-from pcka_distill.data import register_digits
+from pcka_distill.data import register_classification, register_digits, register_image_folder
 from pcka_distill.errors import UserError
 from pcka_distill.losses import (
     DISTILL_LOSS_REGISTRY,
@@ -52,6 +54,7 @@ __all__ = [
     "FGDLoss",
     "FeatureLoss",
     "FrozenTeacher",
+    "ImageClassifier",
     "KDLoss",
     "LogitLoss",
     "MGDLoss",
@@ -68,9 +71,12 @@ __all__ = [
     "get_distill_cfg",
     "load_teacher_weights",
     "register_adapter",
+    "register_classification",
     "register_config",
     "register_digits",
+    "register_image_folder",
     "student_config",
 ]
 
 register_digits()
+register_classification()

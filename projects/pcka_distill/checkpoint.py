@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import pickle
 import re
@@ -17,13 +18,51 @@ import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import Checkpointer
+from torch import nn
 
 from pcka_distill.errors import UserError, reason
 
-__all__ = ["Mismatch", "SafeCheckpointer", "StrictCheckpointer", "remove_partial", "write_whole"]
+__all__ = [
+    "Mismatch",
+    "SafeCheckpointer",
+    "StrictCheckpointer",
+    "hide_prefix",
+    "remove_partial",
+    "write_whole",
+]
 
 _PARTIAL = ".partial"
 _MOST_CHANNELS = 64
+
+
+def hide_prefix(module: nn.Module, inner: str, besides: str = "") -> None:
+    """Give a module's state the names that the state of a module inside of it has by itself.
+
+    Args:
+        module: of which the state is meant.
+        inner: where that module is, with a dot at the end.
+        besides: where what is not in it is, likewise; its names stay.
+    """
+    # Not closures: they are copied and pickled with the module.
+    module._register_state_dict_hook(functools.partial(_drop_prefix, inner))
+    module._register_load_state_dict_pre_hook(functools.partial(_restore_prefix, inner, besides))
+
+
+def _drop_prefix(
+    inner: str, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any
+) -> None:
+    whole = prefix + inner
+    for key in [k for k in state if k.startswith(whole)]:
+        state[prefix + key[len(whole) :]] = state.pop(key)
+    versions = getattr(state, "_metadata", {})
+    for key in [k for k in versions if (k + ".").startswith(whole)]:
+        versions[prefix + key[len(whole) :]] = versions.pop(key)
+
+
+def _restore_prefix(inner: str, besides: str, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key in [k for k in state if k.startswith(prefix)]:
+        if not (besides and key.startswith(prefix + besides)):
+            state[prefix + inner + key[len(prefix) :]] = state.pop(key)
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:

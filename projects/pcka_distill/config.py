@@ -150,6 +150,20 @@ def add_pcka_distill_config(cfg: CN) -> None:
     # ReviewKD: channels in which levels are fused; 0 for the teacher's, at most 512.
     cfg.MODEL.DISTILL.REVIEWKD.HIDDEN = 0
 
+    # ImageClassifier: a network by its name, "cifar/resnet20", "torchvision/resnet18",
+    # "timm/mobilenetv1_100", and the classes of its last layer.
+    cfg.MODEL.CLASSIFIER = CN()
+    cfg.MODEL.CLASSIFIER.NAME = ""
+    cfg.MODEL.CLASSIFIER.NUM_CLASSES = 1000
+    # Height and width of its images.
+    cfg.MODEL.CLASSIFIER.IMAGE_SIZE = 224
+    cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING = 0.0
+    # How its training images are made: "resized_crop" (a random part of the image, mirrored at
+    # random; for evaluation the centre), "padded_crop" (shifted by up to an eighth of their size,
+    # mirrored at random) or "none".
+    cfg.INPUT.CLASSIFICATION = CN()
+    cfg.INPUT.CLASSIFICATION.AUGMENTATION = "resized_crop"
+
     # PSPHead; the rest of it is in MODEL.SEM_SEG_HEAD.
     cfg.MODEL.PSP_HEAD = CN()
     # Sides of the grids that the map is averaged over.

@@ -27,6 +27,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import (
     DatasetCatalog,
     MetadataCatalog,
+    build_detection_test_loader,
     get_detection_dataset_dicts,
 )
 from detectron2.engine import (
@@ -73,6 +74,7 @@ from pcka_distill.checkpoint import (
 )
 from pcka_distill.config import add_pcka_distill_config
 from pcka_distill.data.check import check_annotations, check_records
+from pcka_distill.data.classification import ClassificationEvaluator, ClassificationMapper
 from pcka_distill.data.loader import ResumableLoader, build_train_loader, own_random_numbers
 from pcka_distill.data.sem_seg import sem_seg_mapper
 from pcka_distill.errors import UserError, reason
@@ -265,8 +267,23 @@ class Trainer(DefaultTrainer):
                 proposal_files=proposals if cfg.MODEL.LOAD_PROPOSALS else None,
             ),
         )
-        segments = student_config(cfg).MODEL.META_ARCHITECTURE == "SemanticSegmentor"
-        return build_train_loader(cfg, records, sem_seg_mapper(cfg) if segments else None)
+        mapper: Any = None
+        kind = student_config(cfg).MODEL.META_ARCHITECTURE
+        if kind == "SemanticSegmentor":
+            mapper = sem_seg_mapper(cfg)
+        elif kind == "ImageClassifier":
+            mapper = ClassificationMapper.of(cfg, training=True)
+        return build_train_loader(cfg, records, mapper)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        if _evaluator_type(dataset_name) != "classification":
+            return super().build_test_loader(cfg, dataset_name)
+        return build_detection_test_loader(
+            DatasetCatalog.get(dataset_name),
+            mapper=ClassificationMapper.of(cfg, training=False),
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+        )
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
@@ -300,6 +317,8 @@ class Trainer(DefaultTrainer):
         kind = _evaluator_type(dataset_name)
         if kind == "pascal_voc":
             return PascalVOCDetectionEvaluator(dataset_name)
+        if kind == "classification":
+            return ClassificationEvaluator()
         if kind == "cityscapes_sem_seg":
             return _CityscapesEvaluator(dataset_name)
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
@@ -396,7 +415,7 @@ def _read_labels(file_name: str, dtype: Any = None) -> Any:
 
 def _evaluator_type(dataset: str) -> str:
     kind = MetadataCatalog.get(dataset).get("evaluator_type")
-    kinds = (*_EVALUATORS, "pascal_voc", "cityscapes_sem_seg")
+    kinds = (*_EVALUATORS, "pascal_voc", "cityscapes_sem_seg", "classification")
     if kind not in kinds:
         raise UserError(
             f"no evaluator for dataset {dataset!r} of type {kind!r}; set its evaluator_type in "
@@ -430,7 +449,8 @@ def _check_classes(datasets: Sequence[str], model: nn.Module) -> None:
         if None not in (classes, count) and len(classes) != count:
             raise UserError(
                 f"dataset {name!r} has {len(classes)} classes and the model has {count}; set "
-                f"NUM_CLASSES of MODEL.RETINANET, FCOS, ROI_HEADS or SEM_SEG_HEAD to {len(classes)}"
+                f"NUM_CLASSES of MODEL.RETINANET, FCOS, ROI_HEADS, SEM_SEG_HEAD or CLASSIFIER to "
+                f"{len(classes)}"
             )
 
 

@@ -21,6 +21,7 @@ from pcka_distill.build import (
     class_names,
     own_random_stream,
 )
+from pcka_distill.checkpoint import hide_prefix
 from pcka_distill.errors import UserError
 from pcka_distill.losses import DistillLoss
 from pcka_distill.pairing import LevelPair, align, describe, pair_levels
@@ -32,25 +33,6 @@ __all__ = ["DistillationModel"]
 
 # A child of Detectron2's logger, so that it is seen wherever that one is.
 logger = logging.getLogger(f"detectron2.{__name__}")
-
-_STUDENT = "student."
-_DISTILL = "distill."
-
-
-def _drop_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """state_dict hook: the student's tensors under the names they have without us."""
-    for key in [k for k in state if k.startswith(prefix + _STUDENT)]:
-        state[prefix + key[len(prefix + _STUDENT) :]] = state.pop(key)
-    versions = getattr(state, "_metadata", {})
-    for key in [k for k in versions if (k + ".").startswith(prefix + _STUDENT)]:
-        versions[prefix + key[len(prefix + _STUDENT) :]] = versions.pop(key)
-
-
-def _restore_prefix(state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """load_state_dict hook: the reverse of :func:`_drop_prefix`."""
-    for key in [k for k in state if k.startswith(prefix)]:
-        if not key.startswith(prefix + _DISTILL):
-            state[prefix + _STUDENT + key[len(prefix) :]] = state.pop(key)
 
 
 @META_ARCH_REGISTRY.register()
@@ -101,8 +83,7 @@ class DistillationModel(nn.Module):
         self.teacher = teacher
         self.pairs: dict[str, LevelPair] = {}
         self._classes: tuple[list[int], list[int]] | None = None
-        self._register_state_dict_hook(_drop_prefix)
-        self._register_load_state_dict_pre_hook(_restore_prefix)
+        hide_prefix(self, "student.", besides="distill.")
         if not self.distill:
             return
         if teacher is None:
@@ -326,7 +307,7 @@ class DistillationModel(nn.Module):
             if frozen.cache is None:
                 return compute()
             # A head may read any of them.
-            levels = list(adapter.feature_shapes(model))
+            levels = adapter.cached_maps(model)
             if "logits" not in self._reads:
                 levels = list({pair.teacher: None for pair in self.pairs.values()})
             images = [x["image"] for x in batched_inputs]
@@ -408,10 +389,12 @@ def _smallest_batch(cfg: CfgNode, student: Any) -> tuple[int, int, int] | None:
 
     None where the config does not say: images that are not resized to a known short side.
     """
-    if not min(cfg.INPUT.MIN_SIZE_TRAIN, default=0):
+    # A classifier's is of its own.
+    shortest = getattr(student, "image_size", None) or min(cfg.INPUT.MIN_SIZE_TRAIN, default=0)
+    if not shortest:
         return None
     backbone = getattr(student, "backbone", None)
     divisor = max(getattr(backbone, "size_divisibility", 0), 1)
-    side = -(-min(cfg.INPUT.MIN_SIZE_TRAIN) // divisor) * divisor
+    side = -(-shortest // divisor) * divisor
     forwards = comm.get_world_size() * cfg.SOLVER.ACCUMULATION_STEPS
     return max(1, cfg.SOLVER.IMS_PER_BATCH // forwards), side, side

@@ -19,7 +19,8 @@ class Taps:
         logits: group name -> class logits before any sigmoid or softmax. A dense head gives one
             group a level, (B, H*W*A, K) for A anchors of K classes; a box head gives one group
             ``"box"``, (R, K + 1) for the R regions of all images together, a cascade one group
-            ``"stage0"``, ... a stage. Segmentation gives one group ``"pixels"``, (B, h, w, K).
+            ``"stage0"``, ... a stage. Segmentation gives one group ``"pixels"``, (B, h, w, K), a
+            classifier one group ``"image"``, (B, K).
         regions: group of a box head -> per image, the boxes that the rows of its logits stand
             for, in pixels of the network's input. Empty for dense detectors.
         labels: group -> what the student's own labels say of the rows of its logits, of their

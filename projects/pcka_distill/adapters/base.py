@@ -104,6 +104,10 @@ class Adapter:
             taps.boxes = [_boxes(x["instances"]).to(call.args[0].device) for x in batched_inputs]
         return taps
 
+    def cached_maps(self, model: Any) -> list[str]:
+        """What of :meth:`teacher_features` :meth:`teacher_logits` may read."""
+        return list(self.feature_shapes(model))
+
     def preprocess(self, model: Any, batched_inputs: list[dict[str, Any]]) -> Tensor:
         """The normalised and padded batch (B, 3, H, W) of raw inputs, as a model makes it."""
         images: Tensor = model.preprocess_image(batched_inputs).tensor
@@ -214,7 +218,7 @@ def prepare_alike(student: Any, teacher: Any) -> bool:
     for model in (student, teacher):
         # Of semantic segmentation it is a part of the forward.
         prepare = getattr(type(model), "preprocess_image", type(model).forward)
-        if not prepare.__module__.startswith("detectron2.modeling.meta_arch"):
+        if not prepare.__module__.startswith(("detectron2.modeling.meta_arch", "pcka_distill.")):
             return False
     (mine, my_square), (theirs, their_square) = (padding(x.backbone) for x in (student, teacher))
     return (

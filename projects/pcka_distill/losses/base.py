@@ -202,6 +202,7 @@ class LogitLoss(DistillLoss):
     Dense heads: the rows are the locations that the teacher scores highest, over all levels,
     because background drowns the few objects in a mean over all anchors.
     Segmentation: the rows are all pixels, on the grid that the student's head predicts on.
+    Classification: the rows are the images.
 
     Args:
         levels: feature levels of a dense head whose logits are read, or stages of a cascade;
@@ -278,7 +279,7 @@ class LogitLoss(DistillLoss):
             if y.dim() == 2:
                 if kept is not None and labels is not None:
                     x, y, labels = x[kept], y[kept], labels[kept]
-                chosen["" if group == "box" else group] = (x, y, labels)
+                chosen["" if group in ("box", "image") else group] = (x, y, labels)
                 continue
             if self.whole_images:
                 chosen[""] = (x.flatten(1), y.flatten(1), None)
