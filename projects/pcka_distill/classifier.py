@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from pcka_distill.errors import UserError, reason
 from pcka_distill.recorder import Recorder
 
 __all__ = ["ClassifierNet", "ImageClassifier", "build_net"]
+
+_LOST = 4
 
 
 def build_net(name: str, classes: int) -> nn.Module:
@@ -118,10 +121,13 @@ def _find_levels(net: nn.Module, size: int) -> dict[str, tuple[str, ShapeSpec]]:
             m.training = was
     found: dict[int, tuple[str, ShapeSpec]] = {}
     for name, (_, channels, height, width) in seen:
-        # A single cell is no map, and some networks hold (B, H, W, C).
-        if height != width or height < 2 or height > size:
+        # A single cell is no map, some networks hold (B, H, W, C), and attention is square as well.
+        if height != width or height < 2:
             continue
-        stride = round(size / height)
+        stride = 2 ** max(0, round(math.log2(size / height)))
+        # Without padding a few cells are lost on the way.
+        if abs(size / stride - height) > _LOST:
+            continue
         known = found.get(stride)
         if known is None or name.count(".") <= known[0].count("."):
             found[stride] = name, ShapeSpec(channels=channels, height=height, stride=stride)

@@ -593,6 +593,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
             or stock.MODEL.FCOS.keys() != own.MODEL.FCOS.keys()
         ):
             del own.MODEL["FCOS"]
+        # What this project's own models read stays: without it nothing can build them.
+        if stock.MODEL.META_ARCHITECTURE == "ImageClassifier":
+            del own.MODEL["CLASSIFIER"], own.INPUT["CLASSIFICATION"]
         if stock.MODEL.META_ARCHITECTURE != "SemanticSegmentor":
             add_deeplab_config(own)
         elif stock.MODEL.SEM_SEG_HEAD.NAME == "PSPHead":
