@@ -9,6 +9,7 @@ import yaml
 from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+from detectron2.projects.deeplab import add_deeplab_config
 from helpers import REPO
 
 from pcka_distill import DistillationModel, get_distill_cfg
@@ -42,7 +43,9 @@ def test_the_table_of_keys_is_complete_and_its_defaults_are_true():
         for key in expand(keys)
     }
     cfg = get_distill_cfg()
-    stock = dict(leaves(get_cfg()))
+    stock = get_cfg()
+    add_deeplab_config(stock)
+    stock = dict(leaves(stock))
     own = {k: v for k, v in leaves(cfg) if k not in stock and not k.startswith("MODEL.FCOS.")}
     actual = {k.removeprefix("MODEL.DISTILL."): v for k, v in own.items()}
     assert documented == actual
@@ -90,6 +93,21 @@ def test_every_pair_for_coco_is_in_the_table_and_no_cell_is_empty():
         str(p.relative_to(REPO / "configs").with_suffix(""))
         for p in (REPO / "configs").glob("COCO-*/*.yaml")
         if not p.name.startswith("Base") and "32x8d" not in p.name
+    }
+    assert named == shipped
+
+
+def test_every_other_pair_is_in_its_table():
+    table = re.findall(r"^\| `((?:Cityscapes|CIFAR-100|ImageNet)/\S+)` \|(.*)\|$", README, re.M)
+    named = set()
+    for pair, cells in table:
+        assert all(cell.strip() for cell in cells.split("|")), pair
+        named |= {pair, *re.findall(r"`((?:Cityscapes|CIFAR-100|ImageNet)/\S+)`", cells)}
+    shipped = {
+        str(p.relative_to(REPO / "configs").with_suffix(""))
+        for folder in ("Cityscapes", "CIFAR-100", "ImageNet")
+        for p in (REPO / "configs" / folder).glob("*.yaml")
+        if not p.name.startswith("Base")
     }
     assert named == shipped
 
