@@ -34,3 +34,4 @@ lint: env
 bench: env
 	$(BIN)/python benchmarks/bm_performance.py
 	$(BIN)/python tools/compare.py benchmarks/comparison.yaml
+	$(BIN)/python tools/compare.py benchmarks/classification.yaml
