@@ -29,6 +29,7 @@ from pcka_distill import (
     RCKALoss,
     UserError,
     get_distill_cfg,
+    register_classification,
     register_image_folder,
 )
 from pcka_distill.build import merge_config
@@ -364,6 +365,14 @@ def test_folders_of_ones_own(tmp_path):
     assert [(x["label"], x["image_id"]) for x in records] == [(0, 0), (1, 1), (1, 2)]
     assert MetadataCatalog.get("own_folder").classes == ["a", "b"]
     (tmp_path / "c").mkdir()
+    other = tmp_path / "other"
+    other.mkdir()
+    register_classification(str(other))
+    try:
+        assert MetadataCatalog.get("imagenet_val").image_root == str(other / "imagenet" / "val")
+    finally:
+        register_classification(os.environ["DETECTRON2_DATASETS"])
+    other.rmdir()
     with pytest.raises(UserError, match=r"c has no images"):
         DatasetCatalog.get("own_folder")
 

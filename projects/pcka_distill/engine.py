@@ -62,6 +62,7 @@ from pcka_distill.adapters import find_adapter
 from pcka_distill.build import (
     build_registered,
     build_student,
+    config_keys,
     get_distill_cfg,
     merge_config,
     student_config,
@@ -502,6 +503,12 @@ def _check(cfg: CfgNode, args: argparse.Namespace) -> None:
     if not args.eval_only and cfg.SOLVER.CHECKPOINT_PERIOD < 1:
         raise UserError(
             f"SOLVER.CHECKPOINT_PERIOD is {cfg.SOLVER.CHECKPOINT_PERIOD}; it must be positive"
+        )
+    synced = [key for key, value in config_keys(cfg.MODEL, "MODEL.") if value == "SyncBN"]
+    if synced and not args.eval_only and not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise UserError(
+            f"{' and '.join(synced)} {'is' if len(synced) == 1 else 'are'} SyncBN, which trains on "
+            "CUDA devices alone; set BN or GN"
         )
     if cfg.MODEL.LOAD_PROPOSALS and not cfg.TRUST_CHECKPOINT:
         raise UserError(

@@ -160,6 +160,7 @@ def _problem(annotation: Record, size: tuple[Any, Any]) -> str:
 
 def _some_files(records: list[Record]) -> Iterator[str]:
     for record in records[:: max(1, len(records) // _FILES)]:
-        path = record.get("file_name", "")
-        if path and "://" not in path:
-            yield path
+        for key in ("file_name", "sem_seg_file_name"):
+            path = record.get(key, "")
+            if path and "://" not in path:
+                yield path

@@ -194,9 +194,14 @@ def _load_scans(split: str, per_class: int | None) -> list[Record]:
     return _of_arrays(images, labels.tolist())
 
 
-def _register(name: str, load: Callable[[], list[Record]], **metadata: Any) -> None:
+def _register(
+    name: str, load: Callable[[], list[Record]], *, anew: bool = True, **metadata: Any
+) -> None:
     if name in DatasetCatalog:
-        return
+        if not anew:
+            return
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name, None)
     DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(evaluator_type="classification", **metadata)
 
@@ -205,21 +210,25 @@ def register_classification(root: str = "") -> None:
     """Register ``cifar100_{train,test}``, ``imagenet_{train,val}`` and ``digit_scans_...``.
 
     ``digit_scans_{train,val,test}`` are scikit-learn's 8 x 8 scans, ``digit_scans_train_100`` ten
-    of each class. Importing the package does it once; nothing is read until it is needed.
+    of each class. Importing the package does it once, and leaves datasets of these names alone;
+    nothing is read until it is needed.
 
     Args:
-        root: the folder that holds ``cifar-100-python/`` and ``imagenet/{train,val}/CLASS/``; by
-            default ``$DETECTRON2_DATASETS``, or ``datasets``.
+        root: the folder that holds ``cifar-100-python/`` and ``imagenet/{train,val}/CLASS/``,
+            instead of what is registered; by default ``$DETECTRON2_DATASETS``, or ``datasets``.
     """
     folder = os.path.expanduser(root or os.environ.get("DETECTRON2_DATASETS", "datasets"))
+    anew = bool(root)
     for split in ("train", "test"):
         name = f"cifar100_{split}"
-        _register(name, functools.partial(_load_cifar, folder, split, name))
+        _register(name, functools.partial(_load_cifar, folder, split, name), anew=anew)
     for split in ("train", "val"):
-        register_image_folder(f"imagenet_{split}", os.path.join(folder, "imagenet", split))
+        name, images = f"imagenet_{split}", os.path.join(folder, "imagenet", split)
+        load = functools.partial(_load_folder, images, name)
+        _register(name, load, anew=anew, image_root=images)
     for name, split, count in (
         *((f"digit_scans_{x}", x, None) for x in _SCANS),
         (f"digit_scans_train_{10 * _PER_CLASS}", "train", _PER_CLASS),
     ):
         load = functools.partial(_load_scans, split, count)
-        _register(name, load, classes=[str(i) for i in range(10)])
+        _register(name, load, anew=anew, classes=[str(i) for i in range(10)])
