@@ -87,12 +87,14 @@ def test_the_page_is_that_of_its_rows(performance):
         assert (FOLDER / name).is_file()
 
 
-def test_the_comparison_is_that_of_its_rows(tmp_path):
+@pytest.mark.parametrize("name", sorted(x.stem for x in FOLDER.glob("*.yaml")))
+def test_a_comparison_is_that_of_its_rows(name, tmp_path):
     """Every run of every table is there, and the page is made of them alone."""
-    comparison = Comparison(read_plan(FOLDER / "comparison.yaml"), FOLDER / "results.jsonl")
+    plan = read_plan(FOLDER / f"{name}.yaml")
+    comparison = Comparison(plan, FOLDER / plan.results)
     assert not comparison.missing(comparison.plan.sections)
-    page = (FOLDER / "comparison.md").read_text()
-    assert write_page(comparison, tmp_path / "comparison.md") == page
+    page = (FOLDER / f"{name}.md").read_text()
+    assert write_page(comparison, tmp_path / f"{name}.md") == page
     for name in re.findall(r"!\[.*?\]\((.*?)\)", page):
         assert (FOLDER / name).is_file() and (tmp_path / name).is_file()
 

@@ -455,7 +455,9 @@ def build_teacher(cfg: CfgNode, *, class_key: str = "") -> FrozenTeacher:
         formats = f"{plan.input_format} {cfg.INPUT.FORMAT}"
         owner = f"1 {fingerprint(model)} {plan.description} {precision} {formats}"
         cache = FeatureCache(node.CACHE.DIR, int(node.CACHE.MAX_GB * 2**30), owner)
-        if cfg.INPUT.CROP.ENABLED or len(set(cfg.INPUT.MIN_SIZE_TRAIN)) > 1:
+        classifies = student_config(cfg).MODEL.META_ARCHITECTURE == "ImageClassifier"
+        random = classifies and cfg.INPUT.CLASSIFICATION.AUGMENTATION != "none"
+        if random or cfg.INPUT.CROP.ENABLED or len(set(cfg.INPUT.MIN_SIZE_TRAIN)) > 1:
             logger.warning(
                 "The teacher has a cache, and training images are cropped or resized at random: "
                 "they will seldom come back; unset MODEL.DISTILL.TEACHER.CACHE.DIR, INPUT.CROP or "
@@ -485,6 +487,10 @@ def class_names(datasets: Sequence[str], key: str = "thing_classes") -> list[str
         metadata = MetadataCatalog.get(name)
         file = metadata.get("json_file")
         if name in DatasetCatalog and key not in metadata.as_dict():
+            if metadata.get("read_classes") is not None:
+                # Of one that is not here others may be.
+                with contextlib.suppress(UserError):
+                    return list(metadata.read_classes())
             if file is None or not os.path.isfile(file):
                 continue
             DatasetCatalog.get(name)

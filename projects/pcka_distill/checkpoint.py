@@ -46,6 +46,7 @@ def hide_prefix(module: nn.Module, inner: str, besides: str = "") -> None:
     # Not closures: they are copied and pickled with the module.
     module._register_state_dict_hook(functools.partial(_drop_prefix, inner))
     module._register_load_state_dict_pre_hook(functools.partial(_restore_prefix, inner, besides))
+    module.register_load_state_dict_post_hook(functools.partial(_tell_without, inner))
 
 
 def _drop_prefix(
@@ -63,6 +64,11 @@ def _restore_prefix(inner: str, besides: str, state: dict[str, Any], prefix: str
     for key in [k for k in state if k.startswith(prefix)]:
         if not (besides and key.startswith(prefix + besides)):
             state[prefix + inner + key[len(prefix) :]] = state.pop(key)
+
+
+def _tell_without(inner: str, module: nn.Module, incompatible: Any) -> None:
+    for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
+        keys[:] = [k.replace(inner, "", 1) for k in keys]
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,12 +60,20 @@ def build_net(name: str, classes: int) -> nn.Module:
     return net
 
 
+class _Level(NamedTuple):
+    """Where a level comes from: a module, and which of its calls."""
+
+    module: str
+    call: int
+    shape: ShapeSpec
+
+
 class ClassifierNet(Backbone):
     """A network whose maps can be read, whoever wrote it.
 
-    Its levels are found by a forward of one blank image: of each resolution the last map that one
-    of its outermost modules gives. They are called by their stride, ``stride4``, ``stride8``, ...;
-    a network without maps, such as a vision transformer, has none but its logits.
+    Its levels are found by a forward of one blank image: of each resolution the last map that its
+    parts give, which are its children and those of sequences. They are called by their stride,
+    ``stride4``, ``stride8``, ...; a network without maps has none but its logits.
 
     Args:
         net: images (B, 3, H, W) -> logits (B, K). It keeps its weights.
@@ -76,38 +85,53 @@ class ClassifierNet(Backbone):
         self.net = net
         self._levels = _find_levels(net, image_size)
         modules = dict(net.named_modules())
-        self._recorder = Recorder({k: modules[name] for k, (name, _) in self._levels.items()})
+        self._recorder = Recorder({k: modules[x.module] for k, x in self._levels.items()})
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Level -> (B, C, H, W), and ``logits`` -> (B, K)."""
         with self._recorder.recording() as record:
             logits = self.net(x)
-            maps = {level: calls[-1].output for level, calls in record.items()}
+            maps = {k: record[k][x.call].output for k, x in self._levels.items()}
         if not isinstance(logits, Tensor):
-            # Inception and GoogLeNet have auxiliary classifiers in training.
-            logits = logits[0]
+            raise UserError(
+                f"{type(self.net).__name__} has auxiliary classifiers in training, which are not "
+                "supported; change MODEL.CLASSIFIER.NAME"
+            )
         return {**maps, "logits": logits}
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        return {level: shape for level, (_, shape) in self._levels.items()}
+        return {level: x.shape for level, x in self._levels.items()}
 
 
-def _find_levels(net: nn.Module, size: int) -> dict[str, tuple[str, ShapeSpec]]:
-    """Level -> the module that gives it, and its shape."""
-    seen: list[tuple[str, tuple[int, ...]]] = []
+def _outer_modules(net: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """What a network is made of: its children, and those of sequences of modules."""
+    for name, module in net.named_children():
+        # What they average is made larger again where images are small.
+        if not isinstance(module, nn.AdaptiveAvgPool2d):
+            yield prefix + name, module
+        if isinstance(module, nn.Sequential):
+            yield from _outer_modules(module, f"{prefix}{name}.")
+
+
+def _find_levels(net: nn.Module, size: int) -> dict[str, _Level]:
+    seen: list[tuple[str, int, Tensor]] = []
 
     def watch(name: str) -> Callable[..., None]:
+        calls = itertools.count()
+
         def look(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.dim() == 4 and name:
-                seen.append((name, tuple(output.shape)))
+            call = next(calls)
+            if isinstance(output, Tensor) and output.dim() == 4:
+                seen.append((name, call, output))
 
         return look
 
-    hooks = [m.register_forward_hook(watch(name)) for name, m in net.named_modules()]
+    hooks = [m.register_forward_hook(watch(name)) for name, m in _outer_modules(net)]
     training = {m: m.training for m in net.modules()}
+    blank = torch.zeros(1, 3, size, size)
     try:
         with torch.no_grad():
-            net.eval()(torch.zeros(1, 3, size, size))
+            net.eval()(blank)
     except Exception as e:
         # Whatever a network makes of a size that it cannot take.
         raise UserError(
@@ -119,18 +143,18 @@ def _find_levels(net: nn.Module, size: int) -> dict[str, tuple[str, ShapeSpec]]:
             hook.remove()
         for m, was in training.items():
             m.training = was
-    found: dict[int, tuple[str, ShapeSpec]] = {}
-    for name, (_, channels, height, width) in seen:
+    found: dict[int, _Level] = {}
+    for name, call, x in seen:
+        _, channels, height, width = x.shape
         # A single cell is no map, some networks hold (B, H, W, C), and attention is square as well.
-        if height != width or height < 2:
+        if x is blank or height != width or height < 2:
             continue
         stride = 2 ** max(0, round(math.log2(size / height)))
         # Without padding a few cells are lost on the way.
-        if abs(size / stride - height) > _LOST:
-            continue
-        known = found.get(stride)
-        if known is None or name.count(".") <= known[0].count("."):
-            found[stride] = name, ShapeSpec(channels=channels, height=height, stride=stride)
+        if abs(size / stride - height) <= _LOST:
+            # The last one; a sequence gives what its last module gave, after it.
+            shape = ShapeSpec(channels=channels, height=height, stride=stride)
+            found[stride] = _Level(name, call, shape)
     return {f"stride{x}": found[x] for x in sorted(found)}
 
 
@@ -167,7 +191,7 @@ class ImageClassifier(nn.Module):
         self.label_smoothing = label_smoothing
         for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
-        hide_prefix(self, "backbone.net.")
+        hide_prefix(self, "backbone.net.", besides="distill.")
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -181,10 +205,20 @@ class ImageClassifier(nn.Module):
             "label_smoothing": node.LABEL_SMOOTHING,
         }
 
+    def __getattr__(self, name: str) -> Any:
+        # Whoever reads its state looks for the tensors where that says they are.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            backbone = self.__dict__.get("_modules", {}).get("backbone")
+            if backbone is None:
+                raise
+            return getattr(backbone.net, name)
+
     @property
     def device(self) -> torch.device:
         """Where its weights are."""
-        device: torch.device = self.pixel_mean.device  # type: ignore[assignment]
+        device: torch.device = self.pixel_mean.device
         return device
 
     def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:

@@ -146,6 +146,8 @@ def read_plan(path: Path) -> Plan:
 
     if not plan.metrics or not all(re.fullmatch(r"[^/]+/.+", x) for x in plan.metrics):
         raise UserError(f"{path}: metrics are written as task/metric, such as bbox/AP")
+    if len(set(plan.names)) < len(plan.names):
+        raise UserError(f"{path}: two metrics have one name: {', '.join(plan.metrics)}")
     if plan.choose_on == plan.report_on:
         raise UserError(f"{path}: choose_on and report_on must be two datasets")
     for name, task in plan.tasks.items():

@@ -129,6 +129,12 @@ def _no_traceback_of_user_errors() -> Iterator[None]:
 
 
 _EVALUATORS = {"coco": COCOEvaluator, "lvis": LVISEvaluator, "sem_seg": SemSegEvaluator}
+# evaluator_type -> what its datasets call their classes
+_CLASS_KEYS = {
+    **dict.fromkeys(("coco", "lvis", "pascal_voc"), "thing_classes"),
+    **dict.fromkeys(("sem_seg", "cityscapes_sem_seg"), "stuff_classes"),
+    "classification": "classes",
+}
 _PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -445,14 +451,35 @@ def _check_classes(datasets: Sequence[str], model: nn.Module) -> None:
     except UserError:
         # A plain model of a family that we cannot distil can still be trained.
         return
+    names: dict[str, list[str]] = {}
     for name in datasets:
-        classes = MetadataCatalog.get(name).get(adapter.class_key)
+        metadata = MetadataCatalog.get(name)
+        kind = metadata.get("evaluator_type")
+        if kind in _CLASS_KEYS and _CLASS_KEYS[kind] != adapter.class_key:
+            raise UserError(
+                f"dataset {name!r} is of type {kind}, and the model is a {type(student).__name__}: "
+                "change DATASETS or the model"
+            )
+        classes = metadata.get(adapter.class_key)
+        if classes is not None:
+            names.setdefault(", ".join(classes), []).append(name)
         if None not in (classes, count) and len(classes) != count:
             raise UserError(
                 f"dataset {name!r} has {len(classes)} classes and the model has {count}; set "
                 f"NUM_CLASSES of MODEL.RETINANET, FCOS, ROI_HEADS, SEM_SEG_HEAD or CLASSIFIER to "
                 f"{len(classes)}"
             )
+
+    if len(names) > 1:
+        (first, a), (second, b), *_ = names.items()
+        x, y = next(
+            (pair for pair in zip(first.split(", "), second.split(", ")) if pair[0] != pair[1]),
+            ("", ""),
+        )
+        raise UserError(
+            f"datasets {a[0]!r} and {b[0]!r} have other classes ({x!r} where the other has {y!r}): "
+            "what is learned on one would be counted wrong on the other"
+        )
 
 
 def _check_datasets(names: list[str]) -> None:
@@ -603,9 +630,13 @@ def setup(args: argparse.Namespace) -> CfgNode:
         # What this project's own models read stays: without it nothing can build them.
         if stock.MODEL.META_ARCHITECTURE == "ImageClassifier":
             del own.MODEL["CLASSIFIER"], own.INPUT["CLASSIFICATION"]
-        if stock.MODEL.META_ARCHITECTURE != "SemanticSegmentor":
+        backbone, head = stock.MODEL.BACKBONE.NAME, stock.MODEL.SEM_SEG_HEAD.NAME
+        if not (
+            backbone in ("build_dilated_resnet_backbone", "build_resnet_deeplab_backbone")
+            or head.startswith("DeepLab")
+        ):
             add_deeplab_config(own)
-        elif stock.MODEL.SEM_SEG_HEAD.NAME == "PSPHead":
+        if head == "PSPHead":
             del own.MODEL["PSP_HEAD"]
         _drop_own_keys(stock, own, get_cfg())
         path = Path(cfg.OUTPUT_DIR, "student_config.yaml")

@@ -20,6 +20,7 @@ from pcka_distill.build import (
     build_teacher,
     class_names,
     own_random_stream,
+    student_config,
 )
 from pcka_distill.checkpoint import hide_prefix
 from pcka_distill.errors import UserError
@@ -108,7 +109,7 @@ class DistillationModel(nn.Module):
         if "features" in self._reads:
             self._pair(teacher.model, smallest_batch)
         if "logits" in self._reads:
-            self._pair_logits(teacher, classes)
+            self._pair_logits(teacher, classes, smallest_batch[0] if smallest_batch else None)
         self._alike = not self._flip_channels and prepare_alike(student, teacher.model)
         self._recorder = Recorder(self._student_adapter.hook_points(student, self._reads))
         self.distill.to(next(student.parameters()).device)
@@ -162,7 +163,9 @@ class DistillationModel(nn.Module):
             notes.insert(0, f"  {', '.join(alone)}: not used")
         logger.info("\n".join(["Distillation, student <- teacher:", describe(self.pairs), *notes]))
 
-    def _pair_logits(self, frozen: FrozenTeacher, classes: Sequence[str] | None) -> None:
+    def _pair_logits(
+        self, frozen: FrozenTeacher, classes: Sequence[str] | None, images: int | None
+    ) -> None:
         """Pair the classes of the two heads, and refuse logits that cannot be compared."""
         teacher = frozen.model
         names = [type(x).__name__ for x in (self.student, teacher)]
@@ -209,6 +212,7 @@ class DistillationModel(nn.Module):
                     columns.shape[1],
                     sigmoid=sigmoid,
                     background=self._student_adapter.background,
+                    images=images,
                 )
             unknown = ", ".join(x for x in loss.levels if x not in groups)
             if unknown:
@@ -389,8 +393,14 @@ def _smallest_batch(cfg: CfgNode, student: Any) -> tuple[int, int, int] | None:
 
     None where the config does not say: images that are not resized to a known short side.
     """
-    # A classifier's is of its own.
-    shortest = getattr(student, "image_size", None) or min(cfg.INPUT.MIN_SIZE_TRAIN, default=0)
+    shortest = min(cfg.INPUT.MIN_SIZE_TRAIN, default=0)
+    kind = student_config(cfg).MODEL.META_ARCHITECTURE
+    if kind == "ImageClassifier":
+        shortest = cfg.MODEL.CLASSIFIER.IMAGE_SIZE
+    elif kind == "SemanticSegmentor" and cfg.INPUT.CROP.ENABLED:
+        # They are cropped after they were resized.
+        crop = cfg.INPUT.CROP
+        shortest = min(shortest, *crop.SIZE) if crop.TYPE == "absolute" else 0
     if not shortest:
         return None
     backbone = getattr(student, "backbone", None)

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
+from detectron2.utils import comm
 from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pcka_distill.errors import UserError
 
@@ -92,6 +94,7 @@ class PSPHead(nn.Module):
         self.aux: nn.Module | None = None
         self.aux_feature, self.aux_weight = aux_feature, aux_weight
         if aux_feature:
+            self.aux_stride = input_shape[aux_feature].stride
             theirs = input_shape[aux_feature].channels
             assert theirs is not None
             self.aux = nn.Sequential(
@@ -138,9 +141,9 @@ class PSPHead(nn.Module):
         if not self.training:
             return self._enlarge(x, self.common_stride), {}
         assert targets is not None
-        losses = {"loss_sem_seg": self.loss_weight * self._loss(x, targets)}
+        losses = {"loss_sem_seg": self.loss_weight * self._loss(x, targets, self.common_stride)}
         if self.aux is not None:
-            aux = self._loss(self.aux(features[self.aux_feature]), targets)
+            aux = self._loss(self.aux(features[self.aux_feature]), targets, self.aux_stride)
             losses["loss_sem_seg_aux"] = self.loss_weight * self.aux_weight * aux
         return None, losses
 
@@ -148,10 +151,11 @@ class PSPHead(nn.Module):
         """Logits (B, K, H, W) on the grid of the level that is read."""
         x = features[self.in_features[0]]
         norm = getattr(self.branches[0], "norm", None)
-        if self.training and x.shape[0] == 1 and type(norm) is nn.BatchNorm2d:
+        together = comm.get_world_size() if isinstance(norm, nn.SyncBatchNorm) else 1
+        if self.training and x.shape[0] * together == 1 and isinstance(norm, _BatchNorm):
             raise UserError(
-                "PSPHead normalises what is pooled over a whole image, and a process has only one: "
-                "set MODEL.SEM_SEG_HEAD.NORM GN or SyncBN, or raise SOLVER.IMS_PER_BATCH"
+                "PSPHead normalises what is pooled over a whole image, and a batch has only one: "
+                "set MODEL.SEM_SEG_HEAD.NORM GN, or raise SOLVER.IMS_PER_BATCH"
             )
         pooled = [
             F.interpolate(
@@ -167,10 +171,10 @@ class PSPHead(nn.Module):
     def _enlarge(x: Tensor, factor: int) -> Tensor:
         return F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
 
-    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        logits = F.interpolate(
-            logits.float(), size=targets.shape[-2:], mode="bilinear", align_corners=False
-        )
+    def _loss(self, logits: Tensor, targets: Tensor, stride: int) -> Tensor:
+        height, width = targets.shape[-2:]
+        # As in inference: by the stride, and cut where the last cells reach over the image.
+        logits = self._enlarge(logits.float(), stride)[..., :height, :width]
         total = F.cross_entropy(logits, targets, ignore_index=self.ignore_value, reduction="sum")
         # A crop of nothing but ignored pixels has a loss of 0, not of 0 / 0.
         return total / (targets != self.ignore_value).sum().clamp(min=1)

@@ -15,7 +15,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from torchvision.transforms import v2
 
 from pcka_distill.errors import UserError
 
@@ -48,7 +47,11 @@ class ClassificationMapper:
     """
 
     def __init__(self, size: int, augmentation: str, image_format: str, *, training: bool) -> None:
-        steps: dict[tuple[str, bool], list[v2.Transform]] = {
+        try:
+            from torchvision.transforms import v2
+        except ImportError as e:
+            raise UserError("classification needs torchvision 0.15 or later; install it") from e
+        steps: dict[tuple[str, bool], list[Any]] = {
             ("resized_crop", True): [
                 v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(),
             ],
@@ -56,7 +59,8 @@ class ClassificationMapper:
                 v2.Resize(round(size * 8 / 7), antialias=True), v2.CenterCrop(size),
             ],
             ("padded_crop", True): [
-                v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip(),
+                v2.RandomCrop(size, padding=size // 8, pad_if_needed=True),
+                v2.RandomHorizontalFlip(),
             ],
         }  # fmt: skip
         if augmentation not in AUGMENTATIONS:
@@ -65,6 +69,7 @@ class ClassificationMapper:
                 f"{', '.join(AUGMENTATIONS)}"
             )
         self._steps = v2.Compose(steps.get((augmentation, training), [v2.Identity()]))
+        self._size = size
         self._format = image_format
 
     @classmethod
@@ -81,7 +86,14 @@ class ClassificationMapper:
         else:
             image = read_image(record["file_name"], format=self._format)
         image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        return {**record, "image": self._steps(image)}
+        image = self._steps(image)
+        if image.shape[-2:] != (self._size, self._size):
+            raise UserError(
+                f"an image has {image.shape[-2]} x {image.shape[-1]} pixels and "
+                f"MODEL.CLASSIFIER.IMAGE_SIZE is {self._size}: change it, or set "
+                "INPUT.CLASSIFICATION.AUGMENTATION resized_crop"
+            )
+        return {**record, "image": image}
 
 
 class ClassificationEvaluator(DatasetEvaluator):
@@ -149,20 +161,34 @@ def _load_folder(folder: str, name: str) -> list[Record]:
 
 def register_image_folder(name: str, folder: str | os.PathLike[str]) -> None:
     """Make folder/CLASS/IMAGE a dataset; its classes are the folders, in alphabetical order."""
-    _register(name, functools.partial(_load_folder, str(folder), name), image_root=str(folder))
+    _register_folder(name, str(folder), anew=True)
 
 
-def _load_cifar(root: str, split: str, name: str) -> list[Record]:
+def _register_folder(name: str, folder: str, *, anew: bool) -> None:
+    load = functools.partial(_load_folder, folder, name)
+    classes = functools.partial(_folder_classes, Path(folder))
+    _register(name, load, anew=anew, image_root=folder, read_classes=classes)
+
+
+def _open_cifar(root: str, split: str) -> Any:
     from torchvision.datasets import CIFAR100
 
     try:
-        data = CIFAR100(root, train=split == "train", download=False)
+        return CIFAR100(root, train=split == "train", download=False)
     except RuntimeError as e:
         raise UserError(
             f"CIFAR-100 is not in {root}: unpack cifar-100-python.tar.gz there, so that "
             f"{os.path.join(root, 'cifar-100-python', 'train')} exists, or run python -c 'import "
             f'torchvision as t; t.datasets.CIFAR100("{root}", download=True)\''
         ) from e
+
+
+def _cifar_classes(root: str) -> list[str]:
+    return list(_open_cifar(root, "test").classes)
+
+
+def _load_cifar(root: str, split: str, name: str) -> list[Record]:
+    data = _open_cifar(root, split)
     MetadataCatalog.get(name).set(classes=list(data.classes))
     return _of_arrays(data.data, data.targets)
 
@@ -221,11 +247,12 @@ def register_classification(root: str = "") -> None:
     anew = bool(root)
     for split in ("train", "test"):
         name = f"cifar100_{split}"
-        _register(name, functools.partial(_load_cifar, folder, split, name), anew=anew)
+        load = functools.partial(_load_cifar, folder, split, name)
+        classes = functools.partial(_cifar_classes, folder)
+        _register(name, load, anew=anew, read_classes=classes)
     for split in ("train", "val"):
-        name, images = f"imagenet_{split}", os.path.join(folder, "imagenet", split)
-        load = functools.partial(_load_folder, images, name)
-        _register(name, load, anew=anew, image_root=images)
+        images = os.path.join(folder, "imagenet", split)
+        _register_folder(f"imagenet_{split}", images, anew=anew)
     for name, split, count in (
         *((f"digit_scans_{x}", x, None) for x in _SCANS),
         (f"digit_scans_train_{10 * _PER_CLASS}", "train", _PER_CLASS),

@@ -115,6 +115,8 @@ class _Images(IterableDataset):  # type: ignore[type-arg]
                 record = self.records[index]
                 try:
                     mapped = self.mapper(record)
+                except UserError:
+                    raise
                 except _UNREADABLE as e:
                     failures[str(record.get("file_name"))] = reason(e)
                 else:

@@ -117,12 +117,15 @@ class DistillLoss(nn.Module):
         """
         return {}
 
-    def check_logits(self, columns: int, *, sigmoid: bool, background: bool = True) -> None:
+    def check_logits(
+        self, columns: int, *, sigmoid: bool, background: bool = True, images: int | None = None
+    ) -> None:
         """Refuse settings that leave nothing to compare in a head.
 
         Args:
             columns: of the logits, K or K + 1 for K classes.
             sigmoid, background: see :class:`.Taps`.
+            images: of the smallest batch of a process; None if that is not known.
 
         Raises:
             UserError: with what to change.

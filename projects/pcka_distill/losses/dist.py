@@ -50,7 +50,9 @@ class DISTLoss(LogitLoss):
             "temperature": temperature,
         }
 
-    def check_logits(self, columns: int, *, sigmoid: bool, background: bool = True) -> None:
+    def check_logits(
+        self, columns: int, *, sigmoid: bool, background: bool = True, images: int | None = None
+    ) -> None:
         # Two that are tied by a softmax correlate by 1 or -1, whatever they are.
         least = 2 if sigmoid else 3
         if self.options["inter_weight"] and columns < least:

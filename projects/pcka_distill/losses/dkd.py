@@ -45,7 +45,9 @@ class DKDLoss(LogitLoss):
             )
         self.options = {"alpha": alpha, "beta": beta, "temperature": temperature}
 
-    def check_logits(self, columns: int, *, sigmoid: bool, background: bool = True) -> None:
+    def check_logits(
+        self, columns: int, *, sigmoid: bool, background: bool = True, images: int | None = None
+    ) -> None:
         if sigmoid:
             raise UserError(
                 "DKDLoss takes a softmax apart, and this head scores classes one by one; use KDLoss"

@@ -54,8 +54,17 @@ class RCKALoss(LogitLoss):
         self.part_weights = {"intra": float(intra_weight), "inter": float(inter_weight)}
         self.temperature = temperature or None
 
-    def check_logits(self, columns: int, *, sigmoid: bool, background: bool = True) -> None:
+    def check_logits(
+        self, columns: int, *, sigmoid: bool, background: bool = True, images: int | None = None
+    ) -> None:
         if self.whole_images:
+            least = 3 if self.center else 2
+            if self.part_weights["intra"] and images is not None and images < least:
+                raise UserError(
+                    f"RCKALoss: the CKA of fewer than {least} images is constant, and a batch has "
+                    f"{images} on each process; set MODEL.DISTILL.RCKA.CENTER False, or raise "
+                    "SOLVER.IMS_PER_BATCH"
+                )
             if background or self.temperature or self.foreground_only:
                 raise UserError(
                     "RCKALoss: SAMPLES images is for segmentation, with TEMPERATURE 0 and "
