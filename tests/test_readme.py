@@ -151,6 +151,19 @@ def test_numbers_are_those_of_the_comparison(start, section):
     assert f"| {config} | {teacher.split()[0]} |" in page
 
 
+def test_the_classifiers_numbers_are_those_of_their_page():
+    page = (REPO / "benchmarks" / "classification.md").read_text()
+    text = README.split("five seeds (`configs/Digits/classifier_")[1].split("\n\n")[0]
+    text = " ".join(text.split())
+    for said, method in (
+        ("alone", "student alone"), ("RCKA", "RCKA, whole"), ("KD", "KD"),
+        ("PCKA signed", "PCKA, signed"),
+    ):  # fmt: skip
+        row = re.search(rf"^\| {re.escape(method)} \|.*$", page, re.M)[0].split("|")
+        assert f" {said} {row[3].strip()}" in text
+    assert "| configs/Digits/classifier_teacher.yaml | 99.6 |" in page
+
+
 def test_the_table_of_losses_is_that_of_the_comparison():
     found = comparison("RetinaNet, 1x")
     table = README.split("| losses | test AP |")[1].split("\n\n")[0]
