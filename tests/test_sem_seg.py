@@ -34,7 +34,7 @@ from pcka_distill import (
 )
 from pcka_distill.backbones import from_torchvision
 from pcka_distill.build import merge_config
-from pcka_distill.data.sem_seg import sem_seg_mapper
+from pcka_distill.data.sem_seg import check_labels, sem_seg_mapper
 from pcka_distill.engine import _evaluator_type
 from pcka_distill.psp import PSPHead
 
@@ -523,6 +523,30 @@ def test_one_line_says_what_to_change(opts, message, teacher_files, tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: "), done.stderr[-2000:]
     assert re.search(message, last), last
+
+
+def test_labels_beyond_the_classes(tmp_path):
+    record = {"file_name": "x.png", "sem_seg_file_name": str(tmp_path / "y.png")}
+    Image.fromarray(np.array([[0, 4, 255]], np.uint8)).save(tmp_path / "y.png")
+    check_labels([record], 5, 255)
+    with pytest.raises(UserError, match=r"y.png have the value 4, and classes are 0 to 3, .* 255"):
+        check_labels([record], 4, 255)
+    with pytest.raises(UserError, match=r"have the value 255"):
+        check_labels([record], 5, 100)
+    with pytest.raises(UserError, match=r"x.png has no labels of its pixels"):
+        check_labels([{"file_name": "x.png"}], 5, 255)
+    (tmp_path / "y.png").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"y.png cannot be read"):
+        check_labels([record], 5, 255)
+
+
+def test_a_teacher_of_other_crops(storage):
+    """DeepLab pools over the crops of its own config."""
+    crops = ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "absolute", "INPUT.CROP.SIZE"]
+    teacher = FrozenTeacher(segmentor("v3", *crops, [80, 80]))
+    model = DistillationModel(student=segmentor("fpn"), teacher=teacher, losses=[KDLoss()])
+    with pytest.raises(UserError, match=r"cannot take images of \(96, 96\) .* INPUT.CROP alike"):
+        model(make_batch())
 
 
 def test_cityscapes_needs_its_scripts(monkeypatch):

@@ -162,7 +162,7 @@ def _find_levels(net: nn.Module, size: int) -> dict[str, _Level]:
 class ImageClassifier(nn.Module):
     """A classifier with Detectron2's contract; its checkpoints are those of its network.
 
-    Tensors have the names that they have in torchvision or timm, so that their files load here and
+    Tensors have the names that they have in torchvision or timm: torchvision's files load here, and
     ours there.
 
     Args:

@@ -52,9 +52,7 @@ from detectron2.projects.deeplab import add_deeplab_config, build_lr_scheduler
 from detectron2.solver import build_optimizer
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
-from PIL import Image
 from torch import distributed, nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 
@@ -77,7 +75,7 @@ from pcka_distill.config import add_pcka_distill_config
 from pcka_distill.data.check import check_annotations, check_records
 from pcka_distill.data.classification import ClassificationEvaluator, ClassificationMapper
 from pcka_distill.data.loader import ResumableLoader, build_train_loader, own_random_numbers
-from pcka_distill.data.sem_seg import sem_seg_mapper
+from pcka_distill.data.sem_seg import check_labels, read_labels, sem_seg_mapper
 from pcka_distill.errors import UserError, reason
 from pcka_distill.hooks import ProgressBar, RunState, Stopwatch
 from pcka_distill.memory import checkpoint_activations
@@ -128,7 +126,6 @@ def _no_traceback_of_user_errors() -> Iterator[None]:
         theirs.removeFilter(unless_ours)
 
 
-_EVALUATORS = {"coco": COCOEvaluator, "lvis": LVISEvaluator, "sem_seg": SemSegEvaluator}
 # evaluator_type -> what its datasets call their classes
 _CLASS_KEYS = {
     **dict.fromkeys(("coco", "lvis", "pascal_voc"), "thing_classes"),
@@ -157,19 +154,40 @@ def _precision(cfg: CfgNode) -> torch.dtype | None:
     return _PRECISIONS[name]
 
 
+@contextlib.contextmanager
+def _older_numpy() -> Iterator[None]:
+    """What cityscapesscripts 2.3 and Detectron2 v0.6 still ask NumPy for."""
+    numpy: Any = np
+    old = {"in1d": lambda x, among: np.isin(x, among).ravel(), "float": float, "int": int}
+    missing = [name for name in old if not hasattr(numpy, name)]
+    for name in missing:
+        setattr(numpy, name, old[name])
+    try:
+        yield
+    finally:
+        for name in missing:
+            delattr(numpy, name)
+
+
 class _CityscapesEvaluator(CityscapesSemSegEvaluator):
-    """Detectron2's, where cityscapesscripts 2.3 meets NumPy 2.4, which has no ``in1d`` any more."""
+    def evaluate(self) -> Any:
+        with _older_numpy():
+            return super().evaluate()
+
+
+class _SemSegEvaluator(SemSegEvaluator):
+    def __init__(self, dataset_name: str, **options: Any) -> None:
+        super().__init__(dataset_name, **options)
+        # Detectron2's own asks NumPy 2 for an array that is no copy, which it cannot give.
+        self.sem_seg_loading_fn = read_labels
+
+    def process(self, inputs: Any, outputs: Any) -> None:
+        with _older_numpy():
+            super().process(inputs, outputs)
 
     def evaluate(self) -> Any:
-        numpy: Any = np
-        missing = not hasattr(numpy, "in1d")
-        if missing:
-            numpy.in1d = lambda values, among: np.isin(values, among).ravel()
-        try:
+        with _older_numpy():
             return super().evaluate()
-        finally:
-            if missing:
-                del numpy.in1d
 
 
 class Trainer(DefaultTrainer):
@@ -277,6 +295,8 @@ class Trainer(DefaultTrainer):
         mapper: Any = None
         kind = student_config(cfg).MODEL.META_ARCHITECTURE
         if kind == "SemanticSegmentor":
+            head = cfg.MODEL.SEM_SEG_HEAD
+            check_labels(records, head.NUM_CLASSES, head.IGNORE_VALUE)
             mapper = sem_seg_mapper(cfg)
         elif kind == "ImageClassifier":
             mapper = ClassificationMapper.of(cfg, training=True)
@@ -329,11 +349,8 @@ class Trainer(DefaultTrainer):
         if kind == "cityscapes_sem_seg":
             return _CityscapesEvaluator(dataset_name)
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        evaluator = _EVALUATORS[kind](dataset_name, output_dir=folder)
-        if kind == "sem_seg":
-            # Detectron2's own asks NumPy 2 for an array that is no copy, which it cannot give.
-            evaluator.sem_seg_loading_fn = _read_labels
-        return evaluator
+        evaluators = {"coco": COCOEvaluator, "lvis": LVISEvaluator, "sem_seg": _SemSegEvaluator}
+        return evaluators[kind](dataset_name, output_dir=folder)
 
     def build_hooks(self) -> list[HookBase | None]:
         hooks: list[HookBase | None] = super().build_hooks()
@@ -408,25 +425,23 @@ def _records(
 def _check_evaluation(name: str) -> None:
     """Refuse a test set before the training that an evaluation would lose."""
     kind = _evaluator_type(name)
+    if kind == "cityscapes_sem_seg" and comm.get_local_size() != comm.get_world_size():
+        raise UserError(
+            f"{name!r} is evaluated by Cityscapes' own scripts, which work on one machine; take it "
+            "out of DATASETS.TEST and evaluate afterwards with --eval-only"
+        )
     _records([name], functools.partial(DatasetCatalog.get, name), tell=False)
     file = MetadataCatalog.get(name).get("json_file")
     if kind == "coco" and file and os.path.isfile(file):
         check_annotations(file, name)
 
 
-def _read_labels(file_name: str, dtype: Any = None) -> Any:
-    """(H, W) of an image of labels."""
-    with PathManager.open(file_name, "rb") as f:
-        return np.asarray(Image.open(f), dtype=dtype)
-
-
 def _evaluator_type(dataset: str) -> str:
     kind = MetadataCatalog.get(dataset).get("evaluator_type")
-    kinds = (*_EVALUATORS, "pascal_voc", "cityscapes_sem_seg", "classification")
-    if kind not in kinds:
+    if kind not in _CLASS_KEYS:
         raise UserError(
             f"no evaluator for dataset {dataset!r} of type {kind!r}; set its evaluator_type in "
-            f"MetadataCatalog to one of {', '.join(kinds)}"
+            f"MetadataCatalog to one of {', '.join(_CLASS_KEYS)}"
         )
     if kind == "cityscapes_sem_seg" and importlib.util.find_spec("cityscapesscripts") is None:
         raise UserError(

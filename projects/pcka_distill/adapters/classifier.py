@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pcka_distill.adapters.base import Adapter, Record, register_adapter
 from pcka_distill.classifier import ImageClassifier
+from pcka_distill.errors import UserError, reason
 from pcka_distill.structures import Taps
 
 __all__ = ["ClassifierAdapter"]
@@ -44,7 +45,16 @@ class ClassifierAdapter(Adapter):
     def teacher_features(
         self, model: Any, batched_inputs: list[dict[str, Any]], student: Taps, *, alike: bool
     ) -> dict[str, Tensor]:
-        maps = super().teacher_features(model, batched_inputs, student, alike=alike)
+        try:
+            maps = super().teacher_features(model, batched_inputs, student, alike=alike)
+        except (AssertionError, RuntimeError) as e:
+            if student.padded_size == (model.image_size, model.image_size):
+                raise
+            raise UserError(
+                f"the teacher was made for images of {model.image_size} pixels and cannot take "
+                f"those of {student.padded_size}: {reason(e)}; set MODEL.CLASSIFIER.IMAGE_SIZE "
+                "alike in both configs"
+            ) from e
         # Like the others of one cell, for whoever keeps them.
         return {**maps, "logits": maps["logits"][..., None, None]}
 

@@ -12,7 +12,7 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from pcka_distill.adapters.base import Adapter, Record, padding, register_adapter
-from pcka_distill.errors import UserError
+from pcka_distill.errors import UserError, reason
 from pcka_distill.structures import Taps
 
 __all__ = ["SemSegAdapter"]
@@ -78,13 +78,20 @@ class SemSegAdapter(Adapter):
         self, model: Any, features: dict[str, Tensor], student: Taps
     ) -> dict[str, Tensor]:
         head = model.sem_seg_head
-        if isinstance(head, DeepLabV3Head):
-            logits = head.predictor(head.aspp(features[head.in_features[0]]))
-        elif hasattr(head, "layers"):
-            logits = head.layers(features)
-        else:
-            # In the size of the image, which costs memory and is cut down again.
-            logits = head(features)[0]
+        try:
+            if isinstance(head, DeepLabV3Head):
+                logits = head.predictor(head.aspp(features[head.in_features[0]]))
+            elif hasattr(head, "layers"):
+                logits = head.layers(features)
+            else:
+                # In the size of the image, which costs memory and is cut down again.
+                logits = head(features)[0]
+        except ValueError as e:
+            # DeepLab pools over the crops that it was made for.
+            raise UserError(
+                f"the teacher's {type(head).__name__} cannot take images of {student.padded_size} "
+                f"pixels: {reason(e)}; set INPUT.CROP alike in both configs"
+            ) from e
         name, shape = next(iter(model.backbone.output_shape().items()))
         stride = round(features[name].shape[-2] * shape.stride / logits.shape[-2])
         logits = self.cut(logits, student.padded_size, max(1, stride))
