@@ -324,9 +324,7 @@ def test_a_checkpoint_of_other_classes(tmp_path):
 def test_a_teacher_of_another_image_size():
     teacher = FrozenTeacher(classifier("timm/vit_tiny_patch16_224", size=224, seed=1))
     model = DistillationModel(student=classifier(), teacher=teacher, losses=[RCKALoss()])
-    with pytest.raises(
-        UserError, match=r"made for images of 224 pixels and cannot .*\(8, 8\)"
-    ):
+    with pytest.raises(UserError, match=r"made for images of 224 pixels and cannot .*\(8, 8\)"):
         step(model, images())
 
 
