@@ -34,4 +34,5 @@ lint: env
 bench: env
 	$(BIN)/python benchmarks/bm_performance.py
 	$(BIN)/python tools/compare.py benchmarks/comparison.yaml
+	$(BIN)/python tools/compare.py benchmarks/segmentation.yaml
 	$(BIN)/python tools/compare.py benchmarks/classification.yaml
