@@ -501,7 +501,7 @@ def test_cityscapes_configs_train_and_evaluate(path, cityscapes, tmp_path):
 @pytest.mark.parametrize(
     ("opts", "message"),
     [
-        (["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "10"], r"has 11 classes and .* CLASSIFIER to 11"),
+        (["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "10"], r"have the value 10, and classes are 0 to 9"),
         (["MODEL.DISTILL.LOSSES", "[FGDLoss]"], r"reads boxes, and SemanticSegmentor has none"),
         (["DATASETS.TRAIN", "[cityscapes_fine_sem_seg_train]"], r"is not there: .*Img8bit/train"),
         (["MODEL.SEM_SEG_HEAD.NORM", "SyncBN"], r"SEM_SEG_HEAD.NORM is SyncBN, .*; set BN or GN"),
