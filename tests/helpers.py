@@ -1,5 +1,9 @@
 """Small inputs and configs that several test files share."""
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -100,3 +104,20 @@ def gradients(model, batch):
         losses = model(batch)
     sum(losses.values()).backward()
     return losses, {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+
+
+def train_net(*args, root=None):
+    """tools/train_net.py in a process of its own, with the datasets below a folder."""
+    environment = {**os.environ, **({"DETECTRON2_DATASETS": str(root)} if root else {})}
+    return subprocess.run(
+        [sys.executable, str(REPO / "tools" / "train_net.py"), *map(str, args)],
+        capture_output=True, text=True, cwd=REPO, env=environment,
+    )  # fmt: skip
+
+
+def assert_one_line(done, message):
+    """A process ended with one line for its user, which matches."""
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: "), done.stderr[-2000:]
+    assert re.search(message, last), last

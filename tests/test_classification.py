@@ -3,8 +3,6 @@
 import json
 import os
 import pickle
-import re
-import subprocess
 import sys
 
 import numpy as np
@@ -16,7 +14,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from helpers import REPO, digits_cfg
+from helpers import REPO, assert_one_line, digits_cfg, train_net
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -43,6 +41,7 @@ from pcka_distill.data.classification import (
     ClassificationEvaluator,
     ClassificationMapper,
 )
+from pcka_distill.engine import _check_classes
 
 PAIRS = sorted(
     p for x in ("CIFAR-100", "ImageNet") for p in (REPO / "configs" / x).glob("*_rcka.yaml")
@@ -349,6 +348,16 @@ def test_classes_are_paired_by_the_names_of_folders(tmp_path):
     assert class_names(["gone_folder"], "classes") is None
 
 
+def test_datasets_of_other_classes_are_refused(tmp_path):
+    for name, kinds in (("train", ("cat", "dog")), ("val", ("cats", "dog"))):
+        register_image_folder(f"other_{name}", tmp_path)
+        MetadataCatalog.get(f"other_{name}").set(classes=list(kinds))
+    with pytest.raises(
+        UserError, match=r"'other_train' and 'other_val' .* \('cat' where .* 'cats'\)"
+    ):
+        _check_classes(["other_train", "other_val"], classifier(classes=2))
+
+
 def test_cifars_files(datasets, monkeypatch):
     """torchvision compares them to the published ones; these are of noise."""
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *args: True)
@@ -474,14 +483,6 @@ def test_folders_of_ones_own(tmp_path):
 # ---- runs ------------------------------------------------------------------------------------
 
 
-def command(*args, root=None):
-    environment = {**os.environ, **({"DETECTRON2_DATASETS": str(root)} if root else {})}
-    return subprocess.run(
-        [sys.executable, str(REPO / "tools" / "train_net.py"), *map(str, args)],
-        capture_output=True, text=True, cwd=REPO, env=environment,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory):
     """CIFAR-100's files and ImageNet's folders, with a few images of noise."""
@@ -539,11 +540,11 @@ def test_runs_on_the_layouts_of_the_datasets(name, datasets, tmp_path):
     torch.save(teacher.state_dict(), tmp_path / "teacher.pth")
     opts = ("DATASETS.TEST", "()") if "ImageNet" in name else ()
     if "CIFAR" in name:
-        done = command("--config-file", path, "MODEL.DEVICE", "cpu", root=datasets)
+        done = train_net("--config-file", path, "MODEL.DEVICE", "cpu", root=datasets)
         assert done.returncode == 1
         assert "CIFAR-100 is not in" in done.stderr.strip().splitlines()[-1]
         return
-    done = command(
+    done = train_net(
         "--config-file", path, "MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH",
         4, "MODEL.DISTILL.TEACHER.WEIGHTS", tmp_path / "teacher.pth", "MODEL.CLASSIFIER.IMAGE_SIZE",
         64, "DATALOADER.NUM_WORKERS", 0, "TEST.EVAL_PERIOD", 0, "OUTPUT_DIR", tmp_path / "out",
@@ -566,12 +567,12 @@ def test_the_digits_config_trains_resumes_and_evaluates(teacher_file, tmp_path):
     config = ["--config-file", REPO / "configs" / "Digits" / "classifier_rcka.yaml"]
     config += ["MODEL.DISTILL.TEACHER.WEIGHTS", teacher_file, "SOLVER.CHECKPOINT_PERIOD", 3]
     opts = [*config, "SOLVER.MAX_ITER", 6]
-    assert command(*opts, "OUTPUT_DIR", tmp_path / "a").returncode == 0
+    assert train_net(*opts, "OUTPUT_DIR", tmp_path / "a").returncode == 0
     b = tmp_path / "b"
     b.mkdir()
     (b / "model_0000002.pth").write_bytes((tmp_path / "a" / "model_0000002.pth").read_bytes())
     (b / "last_checkpoint").write_text("model_0000002.pth")
-    done = command(*opts[:2], "--resume", *opts[2:], "OUTPUT_DIR", b)
+    done = train_net(*opts[:2], "--resume", *opts[2:], "OUTPUT_DIR", b)
     assert done.returncode == 0, done.stderr[-3000:]
     whole, resumed = (
         torch.load(tmp_path / x / "model_final.pth", weights_only=False)["model"] for x in "ab"
@@ -579,7 +580,7 @@ def test_the_digits_config_trains_resumes_and_evaluates(teacher_file, tmp_path):
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     results = json.loads((b / "results.json").read_text())["results"]
     # An ordinary student: stock config, no teacher.
-    done = command(
+    done = train_net(
         "--config-file", b / "student_config.yaml", "--eval-only", "MODEL.WEIGHTS",
         b / "model_final.pth", "OUTPUT_DIR", tmp_path / "e",
     )  # fmt: skip
@@ -592,7 +593,7 @@ def test_weight_zero_is_the_student_alone(teacher_file, tmp_path):
     zero += ["MODEL.DISTILL.TEACHER.WEIGHTS", teacher_file]
     states = []
     for name, more in (("student", []), ("rcka", zero)):
-        done = command(
+        done = train_net(
             "--config-file", REPO / "configs" / "Digits" / f"classifier_{name}.yaml",
             "SOLVER.MAX_ITER", 4, "DATASETS.TEST", "()", *more, "OUTPUT_DIR", tmp_path / name,
         )  # fmt: skip
@@ -618,12 +619,9 @@ def test_weight_zero_is_the_student_alone(teacher_file, tmp_path):
     ],
 )  # fmt: skip
 def test_one_line_says_what_to_change(opts, message, teacher_file, tmp_path):
-    done = command(
+    done = train_net(
         "--config-file", REPO / "configs" / "Digits" / "classifier_rcka.yaml",
         "MODEL.DISTILL.TEACHER.WEIGHTS", teacher_file, "OUTPUT_DIR", tmp_path, *opts,
         root=tmp_path / "empty",
     )  # fmt: skip
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: "), done.stderr[-2000:]
-    assert re.search(message, last), last
+    assert_one_line(done, message)

@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import os
-import re
 import subprocess
 import sys
 
@@ -17,7 +15,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_model
-from helpers import REPO, digits_cfg, make_batch
+from helpers import REPO, assert_one_line, digits_cfg, make_batch, train_net
 from PIL import Image
 from pycocotools.coco import COCO
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -472,19 +470,13 @@ def test_cityscapes_configs_train_and_evaluate(path, cityscapes, tmp_path):
     torch.manual_seed(0)
     model = build_model(load(REPO / teacher, "MODEL.WEIGHTS", "", *SMALL))
     torch.save({"model": model.state_dict()}, tmp_path / "teacher.pth")
-    done = subprocess.run(
-        [
-            *(sys.executable, str(REPO / "tools" / "train_net.py"), "--config-file", str(path)),
-            *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "SOLVER.IMS_PER_BATCH", "2"),
-            *("MODEL.DISTILL.TEACHER.WEIGHTS", str(tmp_path / "teacher.pth")),
-            *("MODEL.DISTILL.TEACHER.OPTS", str(SMALL), "INPUT.MIN_SIZE_TEST", "128"),
-            *("SOLVER.MAX_ITER", "2", "TEST.EVAL_PERIOD", "0", "DATALOADER.NUM_WORKERS", "0"),
-            *("SOLVER.BASE_LR", "0.0001", *SMALL, "OUTPUT_DIR", str(tmp_path / "out")),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=REPO,
-        env={**os.environ, "DETECTRON2_DATASETS": str(cityscapes)},
+    done = train_net(
+        *("--config-file", path, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""),
+        *("MODEL.DISTILL.TEACHER.WEIGHTS", tmp_path / "teacher.pth", "SOLVER.IMS_PER_BATCH", 2),
+        *("MODEL.DISTILL.TEACHER.OPTS", SMALL, "INPUT.MIN_SIZE_TEST", 128),
+        *("SOLVER.MAX_ITER", 2, "TEST.EVAL_PERIOD", 0, "DATALOADER.NUM_WORKERS", 0),
+        *("SOLVER.BASE_LR", 0.0001, *SMALL, "OUTPUT_DIR", tmp_path / "out"),
+        root=cityscapes,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     first = json.loads((tmp_path / "out" / "metrics.json").read_text().splitlines()[0])
@@ -509,20 +501,13 @@ def test_cityscapes_configs_train_and_evaluate(path, cityscapes, tmp_path):
     ],
 )  # fmt: skip
 def test_one_line_says_what_to_change(opts, message, teacher_files, tmp_path):
-    done = subprocess.run(
-        [
-            *(sys.executable, str(REPO / "tools" / "train_net.py"), "--config-file"),
-            str(REPO / "configs" / "Digits" / "sem_seg_pcka.yaml"),
-            *("MODEL.DISTILL.TEACHER.WEIGHTS", teacher_files["sem_seg"]),
-            *("MODEL.DISTILL.TEACHER.CONFIG_FILE", "configs/Digits/sem_seg_student.yaml"),
-            *("OUTPUT_DIR", str(tmp_path / "out"), *opts),
-        ],
-        capture_output=True, text=True, cwd=REPO,
-    )  # fmt: skip
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: "), done.stderr[-2000:]
-    assert re.search(message, last), last
+    done = train_net(
+        *("--config-file", REPO / "configs" / "Digits" / "sem_seg_pcka.yaml"),
+        *("MODEL.DISTILL.TEACHER.WEIGHTS", teacher_files["sem_seg"]),
+        *("MODEL.DISTILL.TEACHER.CONFIG_FILE", "configs/Digits/sem_seg_student.yaml"),
+        *("OUTPUT_DIR", tmp_path / "out", *opts),
+    )
+    assert_one_line(done, message)
 
 
 def test_labels_beyond_the_classes(tmp_path):

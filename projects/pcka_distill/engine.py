@@ -466,7 +466,7 @@ def _check_classes(datasets: Sequence[str], model: nn.Module) -> None:
     except UserError:
         # A plain model of a family that we cannot distil can still be trained.
         return
-    names: dict[str, list[str]] = {}
+    known: list[tuple[str, list[str]]] = []
     for name in datasets:
         metadata = MetadataCatalog.get(name)
         kind = metadata.get("evaluator_type")
@@ -477,7 +477,7 @@ def _check_classes(datasets: Sequence[str], model: nn.Module) -> None:
             )
         classes = metadata.get(adapter.class_key)
         if classes is not None:
-            names.setdefault(", ".join(classes), []).append(name)
+            known.append((name, list(classes)))
         if None not in (classes, count) and len(classes) != count:
             raise UserError(
                 f"dataset {name!r} has {len(classes)} classes and the model has {count}; set "
@@ -485,16 +485,14 @@ def _check_classes(datasets: Sequence[str], model: nn.Module) -> None:
                 f"{len(classes)}"
             )
 
-    if len(names) > 1:
-        (first, a), (second, b), *_ = names.items()
-        x, y = next(
-            (pair for pair in zip(first.split(", "), second.split(", ")) if pair[0] != pair[1]),
-            ("", ""),
-        )
-        raise UserError(
-            f"datasets {a[0]!r} and {b[0]!r} have other classes ({x!r} where the other has {y!r}): "
-            "what is learned on one would be counted wrong on the other"
-        )
+    for name, classes in known[1:]:
+        first, expected = known[0]
+        if classes != expected:
+            x, y = next(((x, y) for x, y in zip(expected, classes) if x != y), ("", ""))
+            raise UserError(
+                f"datasets {first!r} and {name!r} have other classes ({x!r} where the other has "
+                f"{y!r}): what is learned on one would be counted wrong on the other"
+            )
 
 
 def _check_datasets(names: list[str]) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
+from pcka_distill.data.catalog import register
 from pcka_distill.errors import UserError
 
 __all__ = [
@@ -30,6 +31,7 @@ AUGMENTATIONS = ("resized_crop", "padded_crop", "none")
 # split -> share of the scanned digits, of which the digits set is made too
 _SCANS = {"train": (0.0, 0.7), "val": (0.7, 0.85), "test": (0.85, 1.0)}
 _PER_CLASS = 10
+_KIND = "classification"
 
 
 class ClassificationMapper:
@@ -167,7 +169,7 @@ def register_image_folder(name: str, folder: str | os.PathLike[str]) -> None:
 def _register_folder(name: str, folder: str, *, anew: bool) -> None:
     load = functools.partial(_load_folder, folder, name)
     classes = functools.partial(_folder_classes, Path(folder))
-    _register(name, load, anew=anew, image_root=folder, read_classes=classes)
+    register(name, load, evaluator_type=_KIND, anew=anew, image_root=folder, read_classes=classes)
 
 
 def _open_cifar(root: str, split: str) -> Any:
@@ -220,18 +222,6 @@ def _load_scans(split: str, per_class: int | None) -> list[Record]:
     return _of_arrays(images, labels.tolist())
 
 
-def _register(
-    name: str, load: Callable[[], list[Record]], *, anew: bool = True, **metadata: Any
-) -> None:
-    if name in DatasetCatalog:
-        if not anew:
-            return
-        DatasetCatalog.remove(name)
-        MetadataCatalog.pop(name, None)
-    DatasetCatalog.register(name, load)
-    MetadataCatalog.get(name).set(evaluator_type="classification", **metadata)
-
-
 def register_classification(root: str = "") -> None:
     """Register ``cifar100_{train,test}``, ``imagenet_{train,val}`` and ``digit_scans_...``.
 
@@ -249,7 +239,7 @@ def register_classification(root: str = "") -> None:
         name = f"cifar100_{split}"
         load = functools.partial(_load_cifar, folder, split, name)
         classes = functools.partial(_cifar_classes, folder)
-        _register(name, load, anew=anew, read_classes=classes)
+        register(name, load, evaluator_type=_KIND, anew=anew, read_classes=classes)
     for split in ("train", "val"):
         images = os.path.join(folder, "imagenet", split)
         _register_folder(f"imagenet_{split}", images, anew=anew)
@@ -258,4 +248,4 @@ def register_classification(root: str = "") -> None:
         (f"digit_scans_train_{10 * _PER_CLASS}", "train", _PER_CLASS),
     ):
         load = functools.partial(_load_scans, split, count)
-        _register(name, load, anew=anew, classes=[str(i) for i in range(10)])
+        register(name, load, evaluator_type=_KIND, anew=anew, classes=[str(i) for i in range(10)])

@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from PIL import Image
 
+from pcka_distill.data.catalog import register
 from pcka_distill.errors import UserError
 
 # A child of Detectron2's logger, so that it is seen wherever that one is.
@@ -176,14 +176,10 @@ def register_digits(root: str = "") -> None:
     tenth = SPLITS["train"][0] // 10
     datasets = [(f"digits_{split}", split, None) for split in SPLITS]
     for name, split, count in [*datasets, ("digits_train_10", "train", tenth)]:
-        if name in DatasetCatalog:
-            if not root:
-                continue
-            DatasetCatalog.remove(name)
-            MetadataCatalog.pop(name, None)
-        load = functools.partial(_load, split, name, folder, count)
-        DatasetCatalog.register(name, load)
-        MetadataCatalog.get(name).set(
+        register(
+            name,
+            functools.partial(_load, split, name, folder, count),
+            anew=bool(root),
             json_file=os.path.join(folder, FOLDER, f"{split}.json"),
             image_root=os.path.join(folder, FOLDER, split),
             # The json of the tenth is that of the whole, which would be what it is evaluated on.
@@ -192,14 +188,10 @@ def register_digits(root: str = "") -> None:
             thing_classes=CLASSES,
         )
     for split in SPLITS:
-        name = f"digits_sem_seg_{split}"
-        if name in DatasetCatalog:
-            if not root:
-                continue
-            DatasetCatalog.remove(name)
-            MetadataCatalog.pop(name, None)
-        DatasetCatalog.register(name, functools.partial(_load_sem_seg, split, folder))
-        MetadataCatalog.get(name).set(
+        register(
+            f"digits_sem_seg_{split}",
+            functools.partial(_load_sem_seg, split, folder),
+            anew=bool(root),
             image_root=os.path.join(folder, FOLDER, split),
             evaluator_type="sem_seg",
             prepare=functools.partial(_ensure_sem_seg, folder),
