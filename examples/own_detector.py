@@ -9,6 +9,7 @@ of CenterNetAdapter. Run it anywhere; it trains for a few iterations on the digi
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,8 @@ from pcka_distill import (
     get_distill_cfg,
     register_adapter,
 )
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "Digits" / "retinanet_student.yaml"
 
 
 @META_ARCH_REGISTRY.register()
@@ -100,7 +103,7 @@ class CenterNetAdapter(Adapter):
 def main(iterations):
     """Train a student for a few iterations, from an equal teacher."""
     cfg = get_distill_cfg()
-    cfg.merge_from_file("configs/Digits/retinanet_student.yaml")
+    cfg.merge_from_file(str(CONFIG))
     cfg.merge_from_list(["MODEL.META_ARCHITECTURE", "CenterNet", "SOLVER.IMS_PER_BATCH", 4])
     seed_all_rng(0)
     # A real teacher is bigger, and trained.
