@@ -10,7 +10,12 @@ from pcka_distill import backbones as _backbones  # noqa: F401  (registers them)
 from pcka_distill import fcos as _fcos  # noqa: F401  (registers it)
 from pcka_distill import psp as _psp  # noqa: F401  (registers it)
 from pcka_distill.adapters import Adapter, find_adapter, register_adapter
-from pcka_distill.build import get_distill_cfg, register_config, student_config
+from pcka_distill.build import (
+    get_config_file,
+    get_distill_cfg,
+    register_config,
+    student_config,
+)
 from pcka_distill.classifier import ImageClassifier
 from pcka_distill.config import add_pcka_distill_config
 from pcka_distill.data import register_classification, register_digits, register_image_folder
@@ -68,6 +73,7 @@ __all__ = [
     "UserError",
     "add_pcka_distill_config",
     "find_adapter",
+    "get_config_file",
     "get_distill_cfg",
     "load_teacher_weights",
     "register_adapter",

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from detectron2.config.compat import guess_version
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.projects.deeplab import add_deeplab_config
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from pcka_distill.cache import FeatureCache
@@ -44,7 +44,10 @@ __all__ = [
     "build_teacher",
     "class_names",
     "config_keys",
+    "drop_unweighted",
+    "get_config_file",
     "get_distill_cfg",
+    "load_teacher",
     "merge_config",
     "own_random_stream",
     "read_config",
@@ -114,7 +117,9 @@ def merge_config(cfg: CfgNode, path: str, opts: list[Any], what: str) -> None:
         str(value) for key, value in zip(opts[::2], opts[1::2]) if key == "TRUST_CONFIG"
     ]
     if path and not os.path.isfile(path):
-        raise UserError(f"{what} not found: {path}")
+        if not (_ROOT / "configs" / path).is_file():
+            raise UserError(f"{what} not found: {path}")
+        path = get_config_file(path)
     if path:
         with _config_errors(cfg, f"{what} {path} cannot be used"):
             loaded = read_config(path, trusted=trusted)
@@ -280,10 +285,34 @@ def build_registered(cfg: CfgNode, what: str) -> nn.Module:
     return model
 
 
+# Of configs/: in the package where a wheel was installed, at the top of a checkout otherwise.
+_PACKAGE = Path(__file__).parent
+_ROOT = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parents[1]
+
+
+def get_config_file(name: str) -> str:
+    """The path of a config that ships with pcka_distill, wherever it is installed.
+
+    Args:
+        name: as under ``configs/``: "COCO-Detection/retinanet_R_101_to_R_50_pcka_2x.yaml".
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    path = _ROOT / "configs" / name
+    if path.is_file():
+        return str(path)
+    files = [x for x in (_ROOT / "configs").rglob("*") if x.suffix in (".py", ".yaml")]
+    names = [x.relative_to(_ROOT / "configs").as_posix() for x in files]
+    close = difflib.get_close_matches(name, names, n=3)
+    hint = f", did you mean {' or '.join(close)}?" if close else ""
+    raise UserError(f"no config {name!r} ships with pcka_distill{hint}")
+
+
 def _find_config(name: str) -> tuple[str, str] | None:
     """Resolve a path or a model-zoo name to (path, zoo name or "")."""
     # A path in a shipped config is relative to the repository, wherever one stands.
-    for candidate in (Path(name), Path(__file__).parents[2] / name):
+    for candidate in (Path(name), _ROOT / name):
         if candidate.is_file():
             return str(candidate), ""
     # Not at the top: it needs pkg_resources, which newer setuptools no longer bring, and only
@@ -334,11 +363,15 @@ def _read_lazy_teacher(path: str, opts: list[Any], device: str) -> _TeacherPlan:
         cfg = LazyConfig.load(path)
         overrides = [f"{key}={value}" for key, value in zip(opts[::2], opts[1::2])]
         cfg = LazyConfig.apply_overrides(cfg, overrides)
-        if "model" not in cfg:
-            raise KeyError("it defines no model")
     except Exception as e:
         # The file is a program: anything can go wrong in it.
         raise UserError(f"teacher config {path} cannot be used: {reason(e)}") from e
+    return _plan_lazy_teacher(cfg, path, device)
+
+
+def _plan_lazy_teacher(cfg: Any, path: str, device: str) -> _TeacherPlan:
+    if not OmegaConf.is_dict(cfg.get("model")):
+        raise UserError(f"teacher config {path} cannot be used: it defines no model")
 
     def first(*keys: str) -> Any:
         return next((x for x in (OmegaConf.select(cfg, k) for k in keys) if x is not None), None)
@@ -371,6 +404,148 @@ _PRECISIONS = {
 }
 
 
+def load_teacher(
+    *,
+    config: str | Mapping[str, Any],
+    weights: str = "",
+    opts: Sequence[Any] = (),
+    device: str = "cpu",
+    precision: str = "",
+    channels_last: bool = False,
+    compiled: bool = False,
+    cache_dir: str = "",
+    cache_max_gb: float = 20.0,
+    allow_partial: bool = False,
+    classes: Sequence[str] | None = None,
+    class_key: str = "",
+    trust_config: bool = False,
+    trust_checkpoint: bool = False,
+    largest_image: int = 0,
+    student_format: str = "",
+) -> FrozenTeacher:
+    """A teacher with all of its weights loaded; in a LazyConfig ``L(load_teacher)(...)``.
+
+    It is built here, and not by Detectron2's ``instantiate``, so that the student's random numbers
+    stay where they are: ``instantiate`` leaves alone what is in a mapping without ``_target_``.
+
+    Args:
+        config: a path or a name in Detectron2's model zoo, of a yaml or a LazyConfig; or a
+            LazyConfig itself, a mapping with its ``model``, as ``dict(model=L(RetinaNet)(...))``.
+        weights: its checkpoint; empty: the zoo's, for a zoo name.
+        opts: overrides of a config that is named, key and value by turns.
+        device: where it is put.
+        precision: "float32", "bfloat16", "float16" (CUDA), or empty for the student's.
+        channels_last, compiled: see :class:`.FrozenTeacher`.
+        cache_dir: keep its feature maps there; empty keeps none.
+        cache_max_gb: how much is kept.
+        allow_partial: only warn if its weights do not fit.
+        classes: names of its classes; None for those of its config's datasets, by ``class_key``.
+        class_key: see :func:`class_names`; empty does not look them up.
+        trust_config: let a config that is named call functions, or be a program.
+        trust_checkpoint: read weights that hold more than tensors, and can run any program.
+        largest_image: longest side of an image in training, in pixels; 0 if that is not known.
+        student_format: channel order of the student's images.
+
+    Raises:
+        UserError: there is no such config, or it cannot be built, or its weights are not there or
+            do not fit.
+    """
+    if precision not in _PRECISIONS:
+        raise UserError(
+            f"unknown MODEL.DISTILL.TEACHER.PRECISION {precision!r}, expected "
+            f"{', '.join(repr(x) for x in _PRECISIONS)}"
+        )
+    if precision == "float16" and not device.startswith("cuda"):
+        raise UserError(
+            "MODEL.DISTILL.TEACHER.PRECISION float16 needs a CUDA device; set it to bfloat16"
+        )
+    if isinstance(config, str):
+        name = config
+        overrides: Any = OmegaConf.to_container(opts) if OmegaConf.is_config(opts) else opts
+        plan, zoo_name = _named_plan(config, list(overrides), device, trust_config)
+        if zoo_name and not weights:
+            from detectron2 import model_zoo
+
+            try:
+                weights = model_zoo.get_checkpoint_url(zoo_name)
+            except RuntimeError as e:
+                raise UserError(
+                    f"the model zoo has no weights for {zoo_name}; set "
+                    "MODEL.DISTILL.TEACHER.WEIGHTS"
+                ) from e
+    else:
+        name = "a LazyConfig"
+        if not OmegaConf.is_config(config):
+            config = DictConfig(dict(config), flags={"allow_objects": True})
+        plan = _plan_lazy_teacher(config, name, device)
+    with own_random_stream():
+        model = plan.build()
+    padding = getattr(getattr(model, "backbone", None), "padding_constraints", None) or {}
+    square = padding.get("square_size", 0)
+    if 0 < square < largest_image:
+        raise UserError(
+            f"the teacher pads images to {square} x {square} pixels and INPUT.MAX_SIZE_TRAIN is "
+            f"{largest_image}; set it to at most {square}"
+        )
+    mean = [round(x) for x in getattr(model, "pixel_mean", torch.zeros(0)).flatten().tolist()]
+    if mean == _IMAGENET_MEAN.get("BGR" if plan.input_format == "RGB" else "RGB"):
+        logger.warning(
+            f"The teacher reads {plan.input_format} images and subtracts ImageNet's mean in the "
+            "other order of channels: check INPUT.FORMAT and MODEL.PIXEL_MEAN of its config"
+        )
+    loaded = load_teacher_weights(
+        model, weights, allow_partial=allow_partial, trusted=trust_checkpoint
+    )
+    logger.info(
+        f"Teacher: {type(model).__name__} of {name}, "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+        f"{loaded} of {len(model.state_dict())} tensors loaded from {weights}"
+    )
+    cache = None
+    if cache_dir:
+        if not (0 < cache_max_gb < math.inf):
+            raise UserError(
+                f"MODEL.DISTILL.TEACHER.CACHE.MAX_GB is {cache_max_gb}; it must be positive"
+            )
+        # What is kept must not depend on the autocast that the student happens to be in.
+        precision = precision or "float32"
+        formats = f"{plan.input_format} {student_format}"
+        owner = f"1 {fingerprint(model)} {plan.description} {precision} {formats}"
+        cache = FeatureCache(cache_dir, int(cache_max_gb * 2**30), owner)
+    if classes is None and class_key:
+        classes = class_names(plan.datasets, class_key)
+    return FrozenTeacher(
+        model,
+        input_format=plan.input_format,
+        classes=classes,
+        precision=_PRECISIONS[precision],
+        channels_last=channels_last,
+        compiled=compiled,
+        cache=cache,
+    )
+
+
+def _named_plan(name: str, opts: list[Any], device: str, trusted: bool) -> tuple[_TeacherPlan, str]:
+    """What a path or a name in the model zoo stands for, and that name or ""."""
+    found = _find_config(name)
+    if found is None:
+        raise UserError(
+            f"teacher config {name!r} is neither a file (seen from {os.getcwd()}) nor "
+            "a name in Detectron2's model zoo; change MODEL.DISTILL.TEACHER.CONFIG_FILE"
+        )
+    path, zoo_name = found
+    if path.endswith(".py"):
+        if not (trusted or _of_detectron2(path)):
+            raise UserError(
+                f"teacher config {path} is a program; if you trust where it comes from, add "
+                "TRUST_CONFIG True to the command line"
+            )
+        plan = _read_lazy_teacher(path, opts, device)
+    else:
+        plan = _read_yaml_teacher(path, opts, device, trusted)
+    return plan, zoo_name
+
+
 def build_teacher(cfg: CfgNode, *, class_key: str = "") -> FrozenTeacher:
     """The teacher of ``MODEL.DISTILL.TEACHER``, with all of its weights loaded.
 
@@ -386,75 +561,24 @@ def build_teacher(cfg: CfgNode, *, class_key: str = "") -> FrozenTeacher:
             "the teacher has no config; set MODEL.DISTILL.TEACHER.CONFIG_FILE to a path or to a "
             "name in Detectron2's model zoo"
         )
-    if node.PRECISION not in _PRECISIONS:
-        raise UserError(
-            f"unknown MODEL.DISTILL.TEACHER.PRECISION {node.PRECISION!r}, expected "
-            f"{', '.join(repr(x) for x in _PRECISIONS)}"
-        )
-    if node.PRECISION == "float16" and not cfg.MODEL.DEVICE.startswith("cuda"):
-        raise UserError(
-            "MODEL.DISTILL.TEACHER.PRECISION float16 needs a CUDA device; set it to bfloat16"
-        )
-    found = _find_config(node.CONFIG_FILE)
-    if found is None:
-        raise UserError(
-            f"teacher config {node.CONFIG_FILE!r} is neither a file (seen from {os.getcwd()}) nor "
-            "a name in Detectron2's model zoo; change MODEL.DISTILL.TEACHER.CONFIG_FILE"
-        )
-    path, zoo_name = found
-    if path.endswith(".py"):
-        if not (cfg.TRUST_CONFIG or _of_detectron2(path)):
-            raise UserError(
-                f"teacher config {path} is a program; if you trust where it comes from, add "
-                "TRUST_CONFIG True to the command line"
-            )
-        plan = _read_lazy_teacher(path, node.OPTS, cfg.MODEL.DEVICE)
-    else:
-        plan = _read_yaml_teacher(path, node.OPTS, cfg.MODEL.DEVICE, cfg.TRUST_CONFIG)
-    weights = node.WEIGHTS
-    if zoo_name and not weights:
-        from detectron2 import model_zoo
-
-        try:
-            weights = model_zoo.get_checkpoint_url(zoo_name)
-        except RuntimeError as e:
-            raise UserError(
-                f"the model zoo has no weights for {zoo_name}; set MODEL.DISTILL.TEACHER.WEIGHTS"
-            ) from e
-    with own_random_stream():
-        model = plan.build()
-    padding = getattr(getattr(model, "backbone", None), "padding_constraints", None) or {}
-    square = padding.get("square_size", 0)
-    if 0 < square < cfg.INPUT.MAX_SIZE_TRAIN:
-        raise UserError(
-            f"the teacher pads images to {square} x {square} pixels and INPUT.MAX_SIZE_TRAIN is "
-            f"{cfg.INPUT.MAX_SIZE_TRAIN}; set it to at most {square}"
-        )
-    mean = [round(x) for x in getattr(model, "pixel_mean", torch.zeros(0)).flatten().tolist()]
-    if mean == _IMAGENET_MEAN.get("BGR" if plan.input_format == "RGB" else "RGB"):
-        logger.warning(
-            f"The teacher reads {plan.input_format} images and subtracts ImageNet's mean in the "
-            "other order of channels: check INPUT.FORMAT and MODEL.PIXEL_MEAN of its config"
-        )
-    loaded = load_teacher_weights(
-        model, weights, allow_partial=node.ALLOW_PARTIAL, trusted=cfg.TRUST_CHECKPOINT
+    frozen = load_teacher(
+        config=node.CONFIG_FILE,
+        weights=node.WEIGHTS,
+        opts=node.OPTS,
+        device=cfg.MODEL.DEVICE,
+        precision=node.PRECISION,
+        channels_last=node.CHANNELS_LAST,
+        compiled=node.COMPILE,
+        cache_dir=node.CACHE.DIR,
+        cache_max_gb=node.CACHE.MAX_GB,
+        allow_partial=node.ALLOW_PARTIAL,
+        class_key=class_key,
+        trust_config=cfg.TRUST_CONFIG,
+        trust_checkpoint=cfg.TRUST_CHECKPOINT,
+        largest_image=cfg.INPUT.MAX_SIZE_TRAIN,
+        student_format=cfg.INPUT.FORMAT,
     )
-    logger.info(
-        f"Teacher: {type(model).__name__} of {node.CONFIG_FILE}, "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
-        f"{loaded} of {len(model.state_dict())} tensors loaded from {weights}"
-    )
-    precision, cache = node.PRECISION, None
-    if node.CACHE.DIR:
-        if not (0 < node.CACHE.MAX_GB < math.inf):
-            raise UserError(
-                f"MODEL.DISTILL.TEACHER.CACHE.MAX_GB is {node.CACHE.MAX_GB}; it must be positive"
-            )
-        # What is kept must not depend on the autocast that the student happens to be in.
-        precision = precision or "float32"
-        formats = f"{plan.input_format} {cfg.INPUT.FORMAT}"
-        owner = f"1 {fingerprint(model)} {plan.description} {precision} {formats}"
-        cache = FeatureCache(node.CACHE.DIR, int(node.CACHE.MAX_GB * 2**30), owner)
+    if frozen.cache is not None:
         classifies = student_config(cfg).MODEL.META_ARCHITECTURE == "ImageClassifier"
         random = classifies and cfg.INPUT.CLASSIFICATION.AUGMENTATION != "none"
         if random or cfg.INPUT.CROP.ENABLED or len(set(cfg.INPUT.MIN_SIZE_TRAIN)) > 1:
@@ -463,15 +587,7 @@ def build_teacher(cfg: CfgNode, *, class_key: str = "") -> FrozenTeacher:
                 "they will seldom come back; unset MODEL.DISTILL.TEACHER.CACHE.DIR, INPUT.CROP or "
                 "all but one of INPUT.MIN_SIZE_TRAIN"
             )
-    return FrozenTeacher(
-        model,
-        input_format=plan.input_format,
-        classes=class_names(plan.datasets, class_key) if class_key else None,
-        precision=_PRECISIONS[precision],
-        channels_last=node.CHANNELS_LAST,
-        compiled=node.COMPILE,
-        cache=cache,
-    )
+    return frozen
 
 
 def class_names(datasets: Sequence[str], key: str = "thing_classes") -> list[str] | None:
@@ -515,11 +631,20 @@ def build_losses(cfg: CfgNode) -> list[DistillLoss]:
         if name not in DISTILL_LOSS_REGISTRY:
             known = ", ".join(sorted(k for k, _ in DISTILL_LOSS_REGISTRY))
             raise UserError(f"unknown loss {name!r} in MODEL.DISTILL.LOSSES; known are {known}")
-        loss = DISTILL_LOSS_REGISTRY.get(name)(cfg)
+        losses.append(DISTILL_LOSS_REGISTRY.get(name)(cfg))
+    return drop_unweighted(losses)
+
+
+def drop_unweighted(losses: Iterable[DistillLoss]) -> list[DistillLoss]:
+    """Those whose weight is not zero; the others are told.
+
+    They would have adapters without a gradient (an error under DDP) and want a teacher; without
+    them a run is equal to stock Detectron2's, bit for bit.
+    """
+    kept = []
+    for loss in losses:
         if loss.weight == 0:
-            # Not even built: no adapter without a gradient (an error under DDP), no teacher
-            # forward, and a run that is equal to stock Detectron2's, bit for bit.
-            logger.warning(f"{name} has weight 0 and is left out")
-            continue
-        losses.append(loss)
-    return losses
+            logger.warning(f"{type(loss).__name__} has weight 0 and is left out")
+        else:
+            kept.append(loss)
+    return kept

@@ -195,6 +195,18 @@ class _SafeReader(Checkpointer):
             raise UserError(_untrusted(f, reason(e))) from e
 
 
+def read_checkpoint(path: str, *, trusted: bool = False) -> Any:
+    """All that a file of torch holds, as it is.
+
+    Args:
+        path: of the file.
+        trusted: see :class:`SafeCheckpointer`.
+    """
+    reader = _SafeReader(nn.Module())
+    reader.trusted = trusted
+    return reader._load_file(reader.path_manager.get_local_path(path))
+
+
 class SafeCheckpointer(DetectionCheckpointer, _SafeReader):
     """Detectron2's checkpointer, for days of training and for files of others.
 

@@ -6,74 +6,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import annotations_to_instances, read_image
-from detectron2.engine import DefaultPredictor
-from detectron2.structures import pairwise_iou
-
-from pcka_distill.bench import REPOSITORY, run, test_metrics
-from pcka_distill.build import get_distill_cfg, merge_config, student_config
+from pcka_distill.bench import run, test_metrics
+from pcka_distill.visualize import draw_results
 
 __all__ = ["run_demo"]
 
-_SCORE = 0.4
 _IMAGES = 6
-_BOX_KEYS = ("bbox", "bbox_mode", "category_id")
-
-
-def _predictor(config: str, folder: Path, opts: Sequence[object]) -> DefaultPredictor:
-    cfg = get_distill_cfg()
-    weights = ["MODEL.WEIGHTS", str(folder / "model_final.pth")]
-    merge_config(cfg, str(REPOSITORY / config), [*opts, *weights], "config file")
-    return DefaultPredictor(student_config(cfg))
-
-
-def _draw(path: Path, rows: dict[str, DefaultPredictor | None]) -> None:
-    """The first test images, one row for the truth (None) and one for each detector."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-    from matplotlib.patheffects import withStroke
-
-    # The first of the split, whatever they show: nothing is picked.
-    records = DatasetCatalog.get("digits_test")[:_IMAGES]
-    names = MetadataCatalog.get("digits_test").thing_classes
-    figure = Figure(figsize=(2.2 * _IMAGES, 2.35 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.supxlabel(f"detections with a score above {_SCORE}: green are right, red are wrong")
-    grid = figure.subplots(len(rows), _IMAGES, squeeze=False)
-    for (title, predictor), axes in zip(rows.items(), grid):
-        axes[0].set_ylabel(title)
-        for record, axis in zip(records, axes):
-            image = read_image(record["file_name"], format="BGR")
-            truth = annotations_to_instances(
-                [{k: a[k] for k in _BOX_KEYS} for a in record["annotations"]], image.shape[:2]
-            )
-            if predictor is None:
-                boxes = truth.gt_boxes
-                labels = [names[c] for c in truth.gt_classes]
-                colors = ["white"] * len(labels)
-            else:
-                found: Any = predictor(image)["instances"].to("cpu")
-                # Best last, on top of the others.
-                found = found[(found.scores > _SCORE).nonzero().flatten().flip(0)]
-                boxes = found.pred_boxes
-                labels = [names[c] for c in found.pred_classes]
-                same = found.pred_classes[:, None] == truth.gt_classes
-                right = (same & (pairwise_iou(boxes, truth.gt_boxes) > 0.5)).any(1)
-                colors = ["lime" if x else "red" for x in right]
-            axis.imshow(image[:, :, ::-1], interpolation="nearest")
-            for (x0, y0, x1, y1), label, color in zip(boxes.tensor.tolist(), labels, colors):
-                axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=color, lw=2))
-                axis.text(
-                    x0 + 1, y0 + 1, label, color=color, va="top", fontsize=9, weight="bold",
-                    path_effects=[withStroke(linewidth=2, foreground="black")],
-                )  # fmt: skip
-            axis.set_xticks([])
-            axis.set_yticks([])
-    figure.savefig(path, dpi=110)
+_SCORE = 0.4
 
 
 def run_demo(folder: Path, opts: Sequence[object] = ()) -> None:
@@ -107,13 +47,13 @@ def run_demo(folder: Path, opts: Sequence[object] = ()) -> None:
             f"{results['train_seconds']:.0f} |"
         )
     (folder / "table.md").write_text("\n".join(lines) + "\n")
-    _draw(
+    draw_results(
         folder / "picture.png",
-        {
-            "truth": None,
-            "plain": _predictor(plain_config, folder / "plain", opts),
-            "distilled": _predictor(distilled_config, folder / "distilled", opts),
-        },
+        "digits_test",
+        {"plain": str(folder / "plain"), "distilled": str(folder / "distilled")},
+        # The first of the split, whatever they show: nothing is picked.
+        images=_IMAGES,
+        score=_SCORE,
     )
     gain = test_metrics(distilled)["AP"] - test_metrics(plain)["AP"]
     print("\n" + "\n".join(lines))

@@ -16,9 +16,9 @@ import sys
 import tempfile
 import traceback
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from detectron2.engine import (
     DefaultTrainer,
     HookBase,
     TrainerBase,
+    create_ddp_model,
     default_argument_parser,
     default_setup,
     launch,
@@ -84,7 +85,7 @@ from pcka_distill.preflight import check_teacher
 from pcka_distill.step import NonFiniteError, TrainingStep
 from pcka_distill.teacher import fingerprint
 
-__all__ = ["Trainer", "cli", "main", "setup"]
+__all__ = ["Trainer", "cli", "load_student", "main", "setup", "stock_config"]
 
 # A child of Detectron2's logger, so that it is seen wherever that one is.
 logger = logging.getLogger(f"detectron2.{__name__}")
@@ -197,6 +198,9 @@ class Trainer(DefaultTrainer):
     and the data come from a :class:`.ResumableLoader`.
     """
 
+    #: how several processes share a model, see :func:`detectron2.engine.create_ddp_model`
+    ddp: ClassVar[dict[str, Any]] = {"broadcast_buffers": False}
+
     def __init__(self, cfg: CfgNode) -> None:
         # Detectron2's own constructor makes the step and the checkpointer itself, and wants a GPU
         # for each of several processes.
@@ -215,11 +219,8 @@ class Trainer(DefaultTrainer):
             logger.info(f"Fingerprint of the teacher: {print_of}")
             with own_random_numbers():
                 check_teacher(cfg, teacher)
-        if comm.get_world_size() > 1:
-            devices = [comm.get_local_rank()] if cfg.MODEL.DEVICE.startswith("cuda") else None
-            model = nn.parallel.DistributedDataParallel(
-                model, device_ids=devices, broadcast_buffers=False
-            )
+        devices = [comm.get_local_rank()] if cfg.MODEL.DEVICE.startswith("cuda") else None
+        model = create_ddp_model(model, device_ids=devices, **self.ddp)
         precision, parts = _precision(cfg), cfg.SOLVER.ACCUMULATION_STEPS
         self._trainer = TrainingStep(
             model,
@@ -272,11 +273,21 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        model = build_registered(cfg, "the model")
+        model = cls.make_model(cfg)
         if cfg.SOLVER.ACTIVATION_CHECKPOINT:
             checkpoint_activations(_student(model))
         logger.info(f"Model:\n{model}")
         return model
+
+    @classmethod
+    def make_model(cls, cfg: CfgNode) -> nn.Module:
+        """What is trained, on its device."""
+        return build_registered(cfg, "the model")
+
+    @classmethod
+    def build_student(cls, cfg: CfgNode) -> nn.Module:
+        """The student alone, on its device."""
+        return build_student(cfg)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> ResumableLoader:
@@ -520,8 +531,20 @@ def _check_datasets(names: list[str]) -> None:
                 )
 
 
-def _check(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """What can be known to fail before anything is built."""
+def _check(
+    cfg: CfgNode,
+    args: argparse.Namespace,
+    *,
+    model: Mapping[str, Any] | None = None,
+    datasets: list[str] | None = None,
+) -> None:
+    """What can be known to fail before anything is built.
+
+    Args:
+        cfg: of the run.
+        args: of the command line.
+        model, datasets: of a run that describes them elsewhere than in cfg.
+    """
     processes = comm.get_world_size()
     batch = cfg.SOLVER.IMS_PER_BATCH
     # Detectron2 scales the batch from the reference number of processes to the actual one.
@@ -544,7 +567,8 @@ def _check(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise UserError(
             f"SOLVER.CHECKPOINT_PERIOD is {cfg.SOLVER.CHECKPOINT_PERIOD}; it must be positive"
         )
-    synced = [key for key, value in config_keys(cfg.MODEL, "MODEL.") if value == "SyncBN"]
+    keys = config_keys(cfg.MODEL, "MODEL.") if model is None else config_keys(model, "model.")
+    synced = [key for key, value in keys if value == "SyncBN"]
     if synced and not args.eval_only and not cfg.MODEL.DEVICE.startswith("cuda"):
         raise UserError(
             f"{' and '.join(synced)} {'is' if len(synced) == 1 else 'are'} SyncBN, which trains on "
@@ -555,9 +579,11 @@ def _check(cfg: CfgNode, args: argparse.Namespace) -> None:
             "MODEL.LOAD_PROPOSALS reads pickles, which can run any program; if you trust where "
             "they come from, add TRUST_CHECKPOINT True to the command line"
         )
-    if not args.eval_only and not cfg.DATASETS.TRAIN:
-        raise UserError("DATASETS.TRAIN is empty; name a dataset to train on")
-    _check_datasets([*cfg.DATASETS.TEST, *(() if args.eval_only else cfg.DATASETS.TRAIN)])
+    if datasets is None:
+        if not args.eval_only and not cfg.DATASETS.TRAIN:
+            raise UserError("DATASETS.TRAIN is empty; name a dataset to train on")
+        datasets = [*cfg.DATASETS.TEST, *(() if args.eval_only else cfg.DATASETS.TRAIN)]
+    _check_datasets(datasets)
     last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
     if args.eval_only and not (cfg.MODEL.WEIGHTS or (args.resume and os.path.isfile(last))):
         raise UserError(
@@ -594,10 +620,57 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """
     cfg = get_distill_cfg()
     merge_config(cfg, args.config_file, args.opts, "config file")
-    no_gpu = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
-    if no_gpu:
-        cfg.MODEL.DEVICE = "cpu"
     student_config(cfg)
+    notes = _settle(cfg, args)
+    _check(cfg, args)
+    _announce(cfg, args, notes, cfg)
+    kind = cfg.MODEL.META_ARCHITECTURE
+    if cfg.MODEL.DISTILL.LOSSES and kind != "DistillationModel":
+        logger.warning(
+            f"MODEL.DISTILL.LOSSES is set, but META_ARCHITECTURE is {kind}: nothing is distilled"
+        )
+    if comm.is_main_process():
+        stock = stock_config(cfg)
+        path = Path(cfg.OUTPUT_DIR, "student_config.yaml")
+        write_whole(path, lambda f: f.write(stock.dump().encode()))
+    return cfg
+
+
+def stock_config(cfg: CfgNode) -> CfgNode:
+    """What stock Detectron2 needs, beside a checkpoint, to run the student of a config."""
+    stock, own = student_config(cfg), get_cfg()
+    add_pcka_distill_config(own)
+    # Of another project's FCOS the node stays.
+    if (
+        stock.MODEL.META_ARCHITECTURE == "FCOS"
+        or stock.MODEL.FCOS.keys() != own.MODEL.FCOS.keys()
+    ):
+        del own.MODEL["FCOS"]
+    # What this project's own models read stays: without it nothing can build them.
+    if stock.MODEL.META_ARCHITECTURE == "ImageClassifier":
+        del own.MODEL["CLASSIFIER"], own.INPUT["CLASSIFICATION"]
+    backbone, head = stock.MODEL.BACKBONE.NAME, stock.MODEL.SEM_SEG_HEAD.NAME
+    if not (
+        backbone in ("build_dilated_resnet_backbone", "build_resnet_deeplab_backbone")
+        or head.startswith("DeepLab")
+    ):
+        add_deeplab_config(own)
+    if head == "PSPHead":
+        del own.MODEL["PSP_HEAD"]
+    _drop_own_keys(stock, own, get_cfg())
+    return stock
+
+
+def _settle(cfg: CfgNode, args: argparse.Namespace) -> list[tuple[int, str]]:
+    """Decide what a config leaves open, freeze it, and open the log in its OUTPUT_DIR.
+
+    Returns:
+        level and text of what is to be logged.
+    """
+    notes: list[tuple[int, str]] = []
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+        notes.append((logging.WARNING, "No CUDA device here: MODEL.DEVICE is set to cpu"))
     try:
         os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
         with tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR) as probe:
@@ -607,54 +680,28 @@ def setup(args: argparse.Namespace) -> CfgNode:
         raise UserError(f"OUTPUT_DIR cannot be written: {e}; change OUTPUT_DIR") from e
     if comm.is_main_process():
         remove_partial(cfg.OUTPUT_DIR)
-    drawn = cfg.SEED < 0 and not args.eval_only
-    if drawn:
+    if cfg.SEED < 0 and not args.eval_only:
         cfg.SEED = _draw_seed(cfg.OUTPUT_DIR, args.resume)
+        notes.append((logging.INFO, f"No SEED was given; this run has {cfg.SEED}"))
     cfg.freeze()
     # default_setup makes the same call again, which changes nothing.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
-    _check(cfg, args)
+    return notes
+
+
+def _announce(
+    cfg: CfgNode, args: argparse.Namespace, notes: list[tuple[int, str]], kept: Any
+) -> None:
+    """Begin the log with what is run, keep its config in OUTPUT_DIR, and seed the generators."""
     last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
-    default_setup(cfg, args)
-    if no_gpu:
-        logger.warning("No CUDA device here: MODEL.DEVICE is set to cpu")
-    if drawn:
-        logger.info(f"No SEED was given; this run has {cfg.SEED}")
+    default_setup(kept, args)
+    for level, note in notes:
+        logger.log(level, note)
     if not (args.resume or args.eval_only) and os.path.exists(last):
         logger.warning(
             f"{cfg.OUTPUT_DIR} holds an earlier run: this one writes over its checkpoints and adds "
             "to its logs (--resume would go on with it)"
         )
-    kind = cfg.MODEL.META_ARCHITECTURE
-    if cfg.MODEL.DISTILL.LOSSES and kind != "DistillationModel":
-        logger.warning(
-            f"MODEL.DISTILL.LOSSES is set, but META_ARCHITECTURE is {kind}: nothing is distilled"
-        )
-    if comm.is_main_process():
-        # What stock Detectron2 needs, beside a checkpoint, to run the student.
-        stock, own = student_config(cfg), get_cfg()
-        add_pcka_distill_config(own)
-        # Of another project's FCOS the node stays.
-        if (
-            stock.MODEL.META_ARCHITECTURE == "FCOS"
-            or stock.MODEL.FCOS.keys() != own.MODEL.FCOS.keys()
-        ):
-            del own.MODEL["FCOS"]
-        # What this project's own models read stays: without it nothing can build them.
-        if stock.MODEL.META_ARCHITECTURE == "ImageClassifier":
-            del own.MODEL["CLASSIFIER"], own.INPUT["CLASSIFICATION"]
-        backbone, head = stock.MODEL.BACKBONE.NAME, stock.MODEL.SEM_SEG_HEAD.NAME
-        if not (
-            backbone in ("build_dilated_resnet_backbone", "build_resnet_deeplab_backbone")
-            or head.startswith("DeepLab")
-        ):
-            add_deeplab_config(own)
-        if head == "PSPHead":
-            del own.MODEL["PSP_HEAD"]
-        _drop_own_keys(stock, own, get_cfg())
-        path = Path(cfg.OUTPUT_DIR, "student_config.yaml")
-        write_whole(path, lambda f: f.write(stock.dump().encode()))
-    return cfg
 
 
 def _drop_own_keys(cfg: CfgNode, own: CfgNode, known: CfgNode) -> None:
@@ -698,32 +745,50 @@ def main(args: argparse.Namespace) -> Any:
         training, to ``evaluation.json`` otherwise.
     """
     with _disk_errors():
-        return _run(setup(args), args)
+        cfg = setup(args)
+        for name in cfg.DATASETS.TEST:
+            _check_evaluation(name)
+        return _run(cfg, args, Trainer)
 
 
-def _run(cfg: CfgNode, args: argparse.Namespace) -> Any:
-    for name in cfg.DATASETS.TEST:
-        _check_evaluation(name)
-    if args.eval_only:
-        # The student alone: no teacher is built or needed.
-        model = build_student(cfg)
-        _check_classes(cfg.DATASETS.TEST, model)
-        checkpointer = StrictCheckpointer(
-            model, save_dir=cfg.OUTPUT_DIR, trusted=cfg.TRUST_CHECKPOINT
+def load_student(
+    cfg: CfgNode,
+    *,
+    resume: bool = False,
+    build: Callable[[CfgNode], nn.Module] = build_student,
+) -> nn.Module:
+    """The trained student alone: no teacher is built or needed.
+
+    Args:
+        cfg: its config, or that of its distillation.
+        resume: from the last checkpoint in OUTPUT_DIR, instead of MODEL.WEIGHTS.
+        build: makes it.
+
+    Raises:
+        UserError: a checkpoint that is not there, or that lacks any of the student's tensors.
+    """
+    model = build(cfg)
+    _check_classes(cfg.DATASETS.TEST, model)
+    checkpointer = StrictCheckpointer(model, save_dir=cfg.OUTPUT_DIR, trusted=cfg.TRUST_CHECKPOINT)
+    _resume_or_load(checkpointer, cfg.MODEL.WEIGHTS, resume)
+    shapes, missing, unexpected = mismatch = checkpointer.mismatch
+    if shapes or missing:
+        raise UserError(
+            f"the checkpoint is not that of the model to evaluate: {mismatch}. Change "
+            "MODEL.WEIGHTS or the config"
         )
-        _resume_or_load(checkpointer, cfg.MODEL.WEIGHTS, args.resume)
-        shapes, missing, unexpected = mismatch = checkpointer.mismatch
-        if shapes or missing:
-            raise UserError(
-                f"the checkpoint is not that of the model to evaluate: {mismatch}. Change "
-                "MODEL.WEIGHTS or the config"
-            )
-        if unexpected:
-            logger.warning(f"Of the checkpoint's tensors {mismatch}")
-        results = Trainer.test(cfg, model)
+    if unexpected:
+        logger.warning(f"Of the checkpoint's tensors {mismatch}")
+    return model
+
+
+def _run(cfg: CfgNode, args: argparse.Namespace, kind: type[Trainer]) -> Any:
+    if args.eval_only:
+        model = load_student(cfg, resume=args.resume, build=kind.build_student)
+        results = kind.test(cfg, model)
         _write_results(cfg, "evaluation.json", model, results)
         return results
-    trainer = Trainer(cfg)
+    trainer = kind(cfg)
     trainer.resume_or_load(resume=args.resume)
     trainer.train()
     results = trainer._last_eval_results
@@ -754,7 +819,7 @@ def _disk_errors() -> Iterator[None]:
         ) from e
 
 
-def _join(args: argparse.Namespace) -> None:
+def _join(args: argparse.Namespace, run: Callable[[argparse.Namespace], Any]) -> None:
     """Run in a process that torchrun started; ``--num-gpus`` and the like are its business."""
     cuda = torch.cuda.is_available()
     if cuda:
@@ -771,7 +836,7 @@ def _join(args: argparse.Namespace) -> None:
             if distributed.get_rank() in ranks:
                 comm._LOCAL_PROCESS_GROUP = group
     try:
-        main(args)
+        run(args)
     except BaseException as e:
         # Not by the usual way out: what NCCL has under way would be waited for, by all.
         if isinstance(e, UserError):
@@ -784,21 +849,26 @@ def _join(args: argparse.Namespace) -> None:
     distributed.destroy_process_group()
 
 
-def cli() -> None:
-    """The command line: Detectron2's flags, its launcher, and errors on one line."""
-    parser = default_argument_parser()
+def cli(run: Callable[[argparse.Namespace], Any] = main, epilog: str | None = None) -> None:
+    """The command line: Detectron2's flags, its launcher, and errors on one line.
+
+    Args:
+        run: what every process does; pickled.
+        epilog: of the help; Detectron2's if None.
+    """
+    parser = default_argument_parser(epilog)
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     args = parser.parse_args()
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            _join(args)
+            _join(args, run)
             return
         devices = torch.cuda.device_count()
         # Without any they are processes on the CPU, joined by gloo.
         if args.num_gpus > devices > 0:
             raise UserError(f"--num-gpus is {args.num_gpus} and {devices} CUDA devices are here")
         launch(
-            main,
+            run,
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,

@@ -44,10 +44,14 @@ __all__ = [
     "FORMS",
     "LAYOUTS",
     "fcka_loss",
+    "full_precision",
     "linear_cka",
     "patch_counts",
     "pcka_loss",
+    "pool_places",
     "rcka_loss",
+    "to_patches",
+    "widen",
 ]
 
 # name -> (permutation of (B, C, U, p, V, p), the number of leading axes that index G, samples N)
@@ -220,6 +224,19 @@ def linear_cka(x: Tensor, y: Tensor, *, center: bool = True, debiased: bool = Fa
         return _cka(widen(x), widen(y), center, debiased)[0]
 
 
+def pool_places(x: Tensor, grid: int = 4) -> Tensor:
+    """What feature maps say of places in their images, as samples for :func:`linear_cka`.
+
+    Args:
+        x: (B, C, H, W).
+        grid: places across, and down; maps of any size then have the same samples.
+
+    Returns:
+        (B * grid * grid, C), in at least fp32.
+    """
+    return F.adaptive_avg_pool2d(widen(x), grid).permute(0, 2, 3, 1).flatten(0, 2)
+
+
 def _dissimilarity(
     x: Tensor,
     y: Tensor,
@@ -262,7 +279,7 @@ def _cut(x: Tensor, patch_size: int) -> Tensor:
     return x.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
 
 
-def _to_patches(x: Tensor, patch_size: int, layout: str) -> Tensor:
+def to_patches(x: Tensor, patch_size: int, layout: str) -> Tensor:
     """Cut x (B, C, H, W) into patches: (G, N, P), by layout.
 
     A side that is no multiple of the patch is first raised to the next one by bilinear
@@ -482,8 +499,8 @@ def pcka_loss(
                 weights,
             )
             return loss
-        x = _to_patches(widen(student), patch_size, layout)
-        y = _to_patches(widen(teacher), patch_size, layout)
+        x = to_patches(widen(student), patch_size, layout)
+        y = to_patches(widen(teacher), patch_size, layout)
         loss = x.new_zeros(())
         if intra_weight:
             part = _dissimilarity(x, y, center, debiased, form, weights)

@@ -24,6 +24,7 @@ from pcka_distill.build import (
 )
 from pcka_distill.checkpoint import hide_prefix
 from pcka_distill.errors import UserError
+from pcka_distill.functional import linear_cka, pool_places
 from pcka_distill.losses import DistillLoss
 from pcka_distill.pairing import LevelPair, align, describe, pair_levels
 from pcka_distill.recorder import Recorder
@@ -31,6 +32,9 @@ from pcka_distill.structures import Taps
 from pcka_distill.teacher import FrozenTeacher
 
 __all__ = ["DistillationModel"]
+
+# Of Detectron2's writers.
+_CKA_PERIOD = 20
 
 # A child of Detectron2's logger, so that it is seen wherever that one is.
 logger = logging.getLogger(f"detectron2.{__name__}")
@@ -288,6 +292,8 @@ class DistillationModel(nn.Module):
                 k: _select_labels(x, self._classes[0], count) for k, x in student.labels.items()
             }
         iteration = get_event_storage().iter
+        if (iteration + 1) % _CKA_PERIOD == 0:
+            self._log_cka(student, teacher)
         for loss in self.losses:
             factor = loss.schedule(iteration)
             for name, value in loss(student, teacher).items():
@@ -295,6 +301,38 @@ class DistillationModel(nn.Module):
                     raise RuntimeError(f"two losses are called {name!r}")
                 losses[name] = value if factor == 1.0 else factor * value
         return losses
+
+    @torch.no_grad()
+    def _log_cka(self, student: Taps, teacher: Taps) -> None:
+        """How alike the two are by now, whatever the losses make of it."""
+        for level in self.pairs if "features" in self._reads else ():
+            x, y = (pool_places(z.features[level]) for z in (student, teacher))
+            cka = linear_cka(x, y, debiased=True)
+            get_event_storage().put_scalar(f"cka/{level}", cka, smoothing_hint=False)
+
+    @torch.no_grad()
+    def feature_maps(
+        self, batched_inputs: list[dict[str, Any]]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the two backbones make of the same images, for measuring; losses see the same.
+
+        Args:
+            batched_inputs: as for any Detectron2 model.
+
+        Returns:
+            the student's level -> (B, C, H, W), and the teacher's level -> (B, C', H', W'), which
+            covers as much of the images. Nothing is resized.
+        """
+        assert self.teacher is not None
+        model: Any = self.student
+        images = self._student_adapter.preprocess(model, batched_inputs)
+        student = Taps(images=images, features=dict(model.backbone(images)))
+        teacher = self._teacher_maps(self.teacher, batched_inputs, student)
+        shapes = self._teacher_adapter.feature_shapes(self.teacher.model)
+        for level, x in teacher.items():
+            rows, cols = (-(-side // shapes[level].stride) for side in student.padded_size)
+            teacher[level] = x[..., :rows, :cols]
+        return student.features, teacher
 
     def _teacher_maps(
         self, frozen: FrozenTeacher, batched_inputs: list[dict[str, Any]], student: Taps

@@ -1,0 +1,363 @@
+"""A trained student to give away: a slim checkpoint, TorchScript, ONNX, and a model card."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.export import TracingAdapter
+from detectron2.modeling import GeneralizedRCNN
+from torch import Tensor, nn
+
+from pcka_distill.checkpoint import read_checkpoint, write_whole
+from pcka_distill.engine import stock_config
+from pcka_distill.errors import UserError, reason
+from pcka_distill.inference import Predictor, load_config
+from pcka_distill.report import read_run
+
+__all__ = ["FORMATS", "export_student", "find_image", "load_averaged"]
+
+FORMATS = ("torchscript", "onnx")
+_OPSET = 16
+# Relative to the largest value: other kernels round in another order.
+_TOLERANCE = 1e-3
+# Of torch's tracers, about its own ways and about sizes that are constants of a graph.
+_TRACERS = (
+    ".*deprecated",
+    ".*might cause the trace to be incorrect",
+    ".*results are registered as constants",
+    ".*legacy TorchScript-based ONNX export",
+    "The feature will be removed",
+    "Constant folding",
+    "Exporting aten",
+)
+_FILES = {"torchscript": "model.ts", "onnx": "model.onnx"}
+
+Image = np.ndarray[Any, Any]
+
+
+def find_image(path: str, config: str, opts: Sequence[Any] = ()) -> Image:
+    """A picture to compare on, (H, W, 3), uint8, RGB.
+
+    Args:
+        path: of it; empty takes the first that the student is tested on.
+        config, opts: see :meth:`.Predictor.load`.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    datasets = [x for x in load_config(config, opts).DATASETS.TEST if x in DatasetCatalog]
+    try:
+        record: dict[str, Any] = {"file_name": path}
+        if not path and datasets:
+            record = DatasetCatalog.get(datasets[0])[0]
+        if "image" in record:
+            found: Image = record["image"]
+            return found
+        if record["file_name"]:
+            return read_image(record["file_name"], format="RGB")
+    except (OSError, ValueError, SyntaxError) as e:
+        # What Pillow and the readers of a dataset raise of files that are not there or damaged.
+        raise UserError(f"no picture to compare on ({reason(e)}); name one with --image") from e
+    raise UserError("name a picture with --image, on which to compare what is written")
+
+
+def load_averaged(cfg: CfgNode, model: nn.Module, key: str) -> None:
+    """Put another set of weights of a checkpoint into a student, an average of them mostly.
+
+    Args:
+        cfg: MODEL.WEIGHTS names the checkpoint.
+        model: of its weights.
+        key: of the checkpoint, whose value is a state_dict: names may begin with ``module.`` and
+            ``student.``, as those of :class:`torch.optim.swa_utils.AveragedModel` do.
+
+    Raises:
+        UserError: there is no such key, or what it has is not the student's.
+    """
+    content = read_checkpoint(cfg.MODEL.WEIGHTS, trusted=cfg.TRUST_CHECKPOINT)
+    if not isinstance(content.get(key), Mapping):
+        raise UserError(f"{cfg.MODEL.WEIGHTS} has no weights {key!r}, but {', '.join(content)}")
+    state = {
+        name.removeprefix("module.").removeprefix("student."): value
+        for name, value in content[key].items()
+    }
+    state = {k: v for k, v in state.items() if k != "n_averaged" and not k.startswith("distill.")}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        raise UserError(f"{key!r} of {cfg.MODEL.WEIGHTS} is not the student's: {reason(e)}") from e
+
+
+def export_student(
+    config: str,
+    folder: Path,
+    image: Image,
+    *,
+    weights: str = "",
+    key: str = "model",
+    half: bool = False,
+    formats: Sequence[str] = (),
+    fields: Mapping[str, str] | None = None,
+    opts: Sequence[Any] = (),
+) -> list[str]:
+    """Write a student into a folder: checkpoint, config, model card, and perhaps graphs of it.
+
+    The folder is complete: it names no other, and is what ``tools/predict.py`` takes. All that is
+    written is read again and compared with the model it came from.
+
+    Args:
+        config, weights, opts: see :meth:`.Predictor.load`.
+        folder: is made; what is in it under the same names is replaced.
+        image: (H, W, 3), uint8, RGB: on which the written models are compared with the student.
+        key: of the checkpoint, whose weights to take; see :func:`load_averaged`.
+        half: write weights in half precision.
+        formats: some of :data:`FORMATS`, made by Detectron2's exporter.
+        fields: of the card: what the files do not say, such as licences.
+
+    Returns:
+        what was written and how it compared, a line each.
+
+    Raises:
+        UserError: no checkpoint, a model that cannot be exported, or one that came out different.
+    """
+    predictor = Predictor.load(config, weights, [*opts, "MODEL.DEVICE", "cpu"])
+    if key != "model":
+        load_averaged(predictor.cfg, predictor.model, key)
+    lines = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lines.append(_write_checkpoint(predictor, folder, image, half))
+        for kind in formats:
+            lines.append(_trace(predictor, image, folder, kind))
+        card = _card(predictor.cfg, predictor.model, Path(config).parent, lines, fields or {})
+        write_whole(folder / "model_card.md", lambda f: f.write(card.encode()))
+    except OSError as e:
+        raise UserError(f"{folder} cannot be written: {reason(e)}; change --out") from e
+    return lines
+
+
+def _write_checkpoint(predictor: Predictor, folder: Path, image: Image, half: bool) -> str:
+    """The student's tensors and nothing else, with the yaml that stock Detectron2 builds it by."""
+    state = {
+        k: v.half() if half and v.is_floating_point() else v
+        for k, v in predictor.model.state_dict().items()
+    }
+    path = folder / "model_final.pth"
+    write_whole(path, lambda f: torch.save({"model": state}, f))
+    cfg = stock_config(predictor.cfg)
+    # What is true wherever the folder is.
+    cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = path.name, "./output"
+    config = folder / "student_config.yaml"
+    write_whole(config, lambda f: f.write(cfg.dump().encode()))
+    again = Predictor.load(str(config), "", ["MODEL.DEVICE", "cpu"])
+    if half:
+        differ = max(
+            ((v - again.model.state_dict()[k]).abs() / v.abs().max().clamp(min=1e-12)).max().item()
+            for k, v in predictor.model.state_dict().items()
+            if v.is_floating_point() and v.numel()
+        )
+        if not differ < 2**-9:
+            # Beyond what half precision can hold: infinite, or nothing left.
+            raise UserError("the weights do not fit into half precision; leave out --half")
+        how = f"weights differ by up to {differ:.1e} of a tensor's largest"
+    else:
+        expected, _ = _flat_outputs(predictor.model, predictor.prepare(image))
+        found, _ = _flat_outputs(again.model, again.prepare(image))
+        if not all(torch.equal(x, y) for x, y in zip(expected, found)):
+            raise UserError("the checkpoint does not give the student's predictions again")
+        how = "gives the same predictions, bit for bit"
+    return f"{path.name}, {_megabytes(path)}: {how}"
+
+
+def _adapter(model: nn.Module, prepared: dict[str, Any]) -> TracingAdapter:
+    """Of an image tensor to tensors, in the coordinates of that image."""
+    run: Callable[..., Any] | None = None
+    if isinstance(model, GeneralizedRCNN):
+        # Masks are pasted by what can be traced into no graph.
+        def run(model: Any, inputs: Any) -> Any:
+            return [{"instances": model.inference(inputs, do_postprocess=False)[0]}]
+
+    with torch.no_grad():
+        adapter = TracingAdapter(model, [{"image": prepared["image"]}], run)
+        # Learns the schema of its outputs.
+        adapter(*adapter.flattened_inputs)
+    return adapter.eval()
+
+
+def _flat_outputs(model: nn.Module, prepared: dict[str, Any]) -> tuple[list[Tensor], list[str]]:
+    """What a model says of an image, and what each part is called."""
+    adapter = _adapter(model, prepared)
+    with torch.no_grad():
+        outputs = list(adapter(*adapter.flattened_inputs))
+    schema = adapter.outputs_schema.schemas[0]
+    names: list[str] = []
+    for key, part in zip(schema.keys, schema.schemas):
+        fields = getattr(part, "keys", None)
+        names += [*fields, "image_size"] if fields else [key]
+    return outputs, names
+
+
+def _trace(predictor: Predictor, image: Image, folder: Path, kind: str) -> str:
+    """By Detectron2's exporter; compared on the image, and on it in another size."""
+    model = predictor.model
+    if type(model).__name__ == "PanopticFPN":
+        raise UserError("Detectron2's exporter knows no PanopticFPN; leave out --formats")
+    prepared = predictor.prepare(image)
+    adapter = _adapter(model, prepared)
+    outputs, names = _flat_outputs(model, prepared)
+    path = folder / _FILES[kind]
+    data = io.BytesIO()
+    with warnings.catch_warnings(), torch.no_grad():
+        # That sizes and counts of this image are in the graph: it is compared with another one.
+        for text in _TRACERS:
+            warnings.filterwarnings("ignore", message=text)
+        try:
+            if kind == "torchscript":
+                torch.jit.save(torch.jit.trace(adapter, adapter.flattened_inputs), data)
+            else:
+                _to_onnx(adapter, data, names)
+        except UserError:
+            raise
+        except Exception as e:
+            # Of tracing: a dozen kinds, in torch and in onnx.
+            raise UserError(f"{type(model).__name__} cannot be exported: {reason(e)}") from e
+    write_whole(path, lambda f: f.write(data.getvalue()))
+    run = _runner(path, kind)
+    worst = _compare(outputs, run(prepared["image"]), path)
+    sizes = [tuple(prepared["image"].shape[1:])]
+    if "scores" in names and "pred_classes" not in names:
+        sizes = sizes[:1]
+    else:
+        other = nn.functional.interpolate(
+            prepared["image"][None].float(), scale_factor=0.75, mode="bilinear"
+        )[0].to(prepared["image"].dtype)
+        expected, _ = _flat_outputs(model, {"image": other})
+        worst = max(worst, _compare(expected, run(other), path))
+        sizes.append(tuple(other.shape[1:]))
+    seen = " and ".join(f"{h} x {w}" for h, w in sizes)
+    objects = f", {len(outputs[0])} objects" if "pred_boxes" in names else ""
+    return (
+        f"{path.name}, {_megabytes(path)}: image (3, H, W) {adapter.flattened_inputs[0].dtype} -> "
+        f"{', '.join(names)}; differs from the student by up to {worst:.1e} of the largest value, "
+        f"on images of {seen}{objects}"
+    )
+
+
+def _to_onnx(adapter: TracingAdapter, data: Any, names: list[str]) -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ImportError as e:
+        raise UserError(f"ONNX needs {e.name}: pip install 'pcka_distill[export]'") from e
+    options: dict[str, Any] = {}
+    if "dynamo" in inspect.signature(torch.onnx.export).parameters:
+        # The newer exporter knows no detector of Detectron2.
+        options["dynamo"] = False
+    torch.onnx.export(
+        adapter,
+        adapter.flattened_inputs,
+        data,
+        opset_version=_OPSET,
+        input_names=["image"],
+        output_names=names,
+        dynamic_axes={"image": {1: "height", 2: "width"}},
+        **options,
+    )
+
+
+def _runner(path: Path, kind: str) -> Callable[[Tensor], list[Tensor]]:
+    """What is in the file, as others will run it: an image (3, H, W) in, tensors out."""
+    if kind == "torchscript":
+        module = torch.jit.load(str(path))
+
+        def run(image: Tensor) -> list[Tensor]:
+            with torch.no_grad():
+                found = module(image)
+            return [found] if isinstance(found, Tensor) else list(found)
+
+        return run
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda image: [torch.from_numpy(x) for x in session.run(None, {"image": image.numpy()})]
+
+
+def _compare(expected: Sequence[Tensor], found: Sequence[Tensor], path: Path) -> float:
+    """The largest difference, relative to the largest value of a tensor."""
+    worst = 0.0
+    for x, y in zip(expected, found):
+        if x.shape != y.shape:
+            raise UserError(
+                f"{path} says something else than the student: {tuple(y.shape)} instead of "
+                f"{tuple(x.shape)}"
+            )
+        if x.numel():
+            x, y = x.double(), y.double()
+            differ = ((x - y).abs().max() / x.abs().max().clamp(min=1e-12)).item()
+            # Also where it is not a number.
+            if not differ <= _TOLERANCE:
+                raise UserError(
+                    f"{path} says something else than the student: it differs by {differ:.1e} of "
+                    "the largest value"
+                )
+            worst = max(worst, differ)
+    return worst
+
+
+def _megabytes(path: Path) -> str:
+    return f"{path.stat().st_size / 1e6:.1f} MB"
+
+
+def _card(
+    cfg: CfgNode, model: nn.Module, run: Path, lines: Sequence[str], fields: Mapping[str, str]
+) -> str:
+    """What a user of the model asks: what it is, who taught it, how good it is, what is allowed."""
+    count = sum(p.numel() for p in model.parameters())
+    names = Predictor(cfg, model).classes
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") if names else "not known"
+    facts = {
+        "model": f"{type(model).__name__}, {count / 1e6:.2f} M parameters",
+        "classes": f"{len(names)}: {shown}" if names else shown,
+        "images": f"{cfg.INPUT.FORMAT}, shorter side {cfg.INPUT.MIN_SIZE_TEST} pixels, longer at "
+        f"most {cfg.INPUT.MAX_SIZE_TEST}; mean {list(cfg.MODEL.PIXEL_MEAN)}, "
+        f"std {list(cfg.MODEL.PIXEL_STD)}",
+        "trained on": ", ".join(cfg.DATASETS.TRAIN),
+    }
+    results = ""
+    if (run / "config.yaml").is_file():
+        left = read_run("", run)
+        losses = left.config.get("MODEL.DISTILL.LOSSES") or []
+        if left.config.get("MODEL.META_ARCHITECTURE") == "DistillationModel" and losses:
+            teacher = Path(str(left.config["MODEL.DISTILL.TEACHER.CONFIG_FILE"])).name
+            weights = Path(str(left.config["MODEL.DISTILL.TEACHER.WEIGHTS"])).name
+            facts["taught by"] = f"{teacher} with {weights}" if weights else teacher
+            facts["distillation losses"] = ", ".join(
+                f"{x} (weight {left.config.get(f'MODEL.DISTILL.{x.upper()[:-4]}.WEIGHT')})"
+                for x in losses
+            )
+        rows = []
+        for dataset, tasks in left.results.get("results", {}).items():
+            for task, metrics in tasks.items():
+                of_all = {k: v for k, v in metrics.items() if v is not None and "-" not in k}
+                values = ", ".join(f"{k} {v:.1f}" for k, v in of_all.items())
+                rows.append(f"| {dataset} | {task} | {values} |\n")
+        if rows:
+            head = "| dataset | task | in percent |\n|---|---|---|\n"
+            note = "Of the weights that were evaluated after training.\n"
+            results = "\n## Results\n\n" + head + "".join(rows) + "\n" + note
+    facts |= fields
+    table = "\n".join(f"| {k} | {v} |" for k, v in facts.items())
+    files = "\n".join(f"- {x}" for x in lines)
+    return (
+        f"# {type(model).__name__}\n\n| | |\n|---|---|\n{table}\n{results}\n"
+        f"## Files\n\n{files}\n- student_config.yaml: what stock Detectron2 builds it by\n"
+    )

@@ -1,0 +1,252 @@
+"""What a trained student finds in pictures, folders and videos."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.data.detection_utils import read_image
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from PIL import Image
+from tqdm import tqdm
+
+from pcka_distill.checkpoint import write_whole
+from pcka_distill.drawing import draw_output
+from pcka_distill.errors import UserError, reason
+from pcka_distill.inference import Predictor
+from pcka_distill.tool import run_tool, tool_parser
+
+__all__ = ["cli", "describe", "find_inputs", "predict"]
+
+IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
+_BEST = 5
+
+HELP = """What a trained student finds: pictures with boxes, and a json.
+
+    python tools/predict.py photos/ clip.mp4 --config output/student_config.yaml --out found
+    pcka-predict 'photos/*.jpg' --config my.yaml --weights model_final.pth --out found --score 0.3
+
+Takes pictures, folders, patterns and videos, and detectors, segmentation and classifiers. In the
+output folder each input has a picture (or a video) of its name, and predictions.json has for each
+what was found: boxes are [x, y, width, height] in pixels, masks are COCO's compressed RLE.
+"""
+
+
+def find_inputs(patterns: Sequence[str]) -> list[tuple[Path, Path]]:
+    """Every picture and video that is meant.
+
+    Args:
+        patterns: files, folders (with all below them), glob patterns.
+
+    Returns:
+        path -> what to call it below the output folder, in order and without repetition.
+
+    Raises:
+        UserError: one that matches nothing, or two inputs that would have the same name.
+    """
+    known = (*IMAGES, *VIDEOS)
+    found: dict[Path, Path] = {}
+    for pattern in patterns:
+        there = os.path.exists(pattern)
+        matches = [pattern] if there else sorted(glob.glob(pattern, recursive=True))
+        here: list[tuple[Path, Path]] = []
+        for match in map(Path, matches):
+            if match.is_dir():
+                files = sorted(x for x in match.rglob("*") if x.suffix.lower() in known)
+                here += [(x, x.relative_to(match)) for x in files]
+            else:
+                here.append((match, Path(match.name)))
+        if not here:
+            raise UserError(
+                f"no pictures or videos in {pattern!r} (seen from {os.getcwd()}); expected files "
+                f"that end in {' '.join(known)}, folders of them, or patterns in quotes"
+            )
+        for path, name in here:
+            if path.suffix.lower() not in known:
+                raise UserError(f"{path} is no picture or video: expected {' '.join(known)}")
+            found.setdefault(path, name)
+    names: dict[Path, Path] = {}
+    for path, name in found.items():
+        # A photo.jpg and a photo.png would both be drawn as photo.jpg.
+        other = names.setdefault(name.with_suffix(""), path)
+        if other != path:
+            raise UserError(
+                f"{other} and {path} would have the same name in the output folder; give each "
+                "folder a run of its own"
+            )
+    return list(found.items())
+
+
+def describe(
+    output: dict[str, Any], classes: Sequence[str] | None, score: float
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An output without what is scored below a threshold, and the same for a json.
+
+    Args:
+        output: of :class:`.Predictor`.
+        classes: their names.
+        score: the threshold.
+    """
+
+    def name(index: int) -> str:
+        return classes[index] if classes and index < len(classes) else str(index)
+
+    output = dict(output)
+    content: dict[str, Any] = {}
+    if "instances" in output:
+        found = output["instances"]
+        found = output["instances"] = found[found.scores >= score]
+        content["objects"] = [
+            {"name": name(x["category_id"]), **{k: v for k, v in x.items() if k != "image_id"}}
+            for x in instances_to_coco_json(found, 0)
+        ]
+    if "panoptic_seg" in output:
+        content["segments"] = [
+            {"name": name(x["category_id"]), **x} for x in output["panoptic_seg"][1]
+        ]
+    elif "sem_seg" in output:
+        counts = np.bincount(output["sem_seg"].argmax(0).flatten().numpy())
+        content["pixels"] = {name(k): int(n) for k, n in enumerate(counts) if n}
+    if "scores" in output:
+        scores, kinds = output["scores"].topk(min(_BEST, len(output["scores"])))
+        content["best"] = [
+            {"name": name(k), "category_id": k, "score": s}
+            for k, s in zip(kinds.tolist(), scores.tolist())
+        ]
+    return output, content
+
+
+def predict(
+    predictor: Predictor, inputs: Sequence[tuple[Path, Path]], folder: Path, score: float
+) -> dict[str, Any]:
+    """Predict, draw and write.
+
+    Args:
+        predictor: a trained student.
+        inputs: of :func:`find_inputs`.
+        folder: pictures and ``predictions.json`` are written into it.
+        score: what is scored lower is left out.
+
+    Returns:
+        what ``predictions.json`` says; files that cannot be read are in its ``unreadable``.
+
+    Raises:
+        UserError: nothing could be read, or the folder cannot be written.
+    """
+    entries: list[dict[str, Any]] = []
+    unreadable: list[str] = []
+    try:
+        for path, name in tqdm(inputs, desc="predict", unit="file", disable=None):
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix.lower() in VIDEOS:
+                entry = _video(predictor, path, target.with_suffix(".mp4"), score)
+            else:
+                entry = _picture(predictor, path, target.with_suffix(".jpg"), score)
+            if entry is None:
+                unreadable.append(str(path))
+            else:
+                entries.append({"file": str(path), **entry})
+        if not entries:
+            raise UserError(f"none of the files can be read: {', '.join(unreadable[:4])}")
+        content = {"classes": predictor.classes, "score": score, "files": entries}
+        content["unreadable"] = unreadable
+        text = json.dumps(content, indent=1)
+        write_whole(folder / "predictions.json", lambda f: f.write(text.encode()))
+    except OSError as e:
+        raise UserError(f"{folder} cannot be written: {reason(e)}; change --out") from e
+    return content
+
+
+def _picture(predictor: Predictor, path: Path, target: Path, score: float) -> dict[str, Any] | None:
+    try:
+        image = read_image(str(path), format="RGB")
+    except (OSError, ValueError, SyntaxError):
+        # What Pillow raises of a file that is no picture, or half of one: it is counted and named.
+        return None
+    output, content = describe(predictor(image), predictor.classes, score)
+    Image.fromarray(draw_output(image, output, predictor.classes)).save(target, quality=92)
+    if "sem_seg" in output and "panoptic_seg" not in output:
+        labels = output["sem_seg"].argmax(0).numpy().astype(np.uint8)
+        Image.fromarray(labels).save(target.with_name(f"{target.stem}_labels.png"))
+    return {"height": image.shape[0], "width": image.shape[1], **content}
+
+
+def _frames(path: Path) -> Iterator[tuple[np.ndarray[Any, Any], float, int]]:
+    """Frames (H, W, 3) in RGB, frames a second, and how many there are to be, 0 if unknown."""
+    try:
+        import cv2
+    except ImportError as e:
+        raise UserError("videos need OpenCV; pip install opencv-python-headless") from e
+    video = cv2.VideoCapture(str(path))
+    try:
+        rate = video.get(cv2.CAP_PROP_FPS) or 25.0
+        count = max(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0)
+        while True:
+            there, frame = video.read()
+            if not there:
+                return
+            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), rate, count
+    finally:
+        video.release()
+
+
+def _video(predictor: Predictor, path: Path, target: Path, score: float) -> dict[str, Any] | None:
+    import cv2
+
+    writer: Any = None
+    entries: list[dict[str, Any]] = []
+    entry: dict[str, Any] = {}
+    bar = tqdm(desc=path.name, unit="frame", disable=None, leave=False)
+    try:
+        for frame, rate, count in _frames(path):
+            bar.total = count or None
+            output, content = describe(predictor(frame), predictor.classes, score)
+            drawn = draw_output(frame, output, predictor.classes)
+            if writer is None:
+                # Even sides, which most codecs want.
+                size = drawn.shape[1] // 2 * 2, drawn.shape[0] // 2 * 2
+                writer = cv2.VideoWriter(str(target), cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
+                if not writer.isOpened():
+                    raise UserError(f"{target} cannot be written as a video: change --out")
+                entry = {"height": frame.shape[0], "width": frame.shape[1], "frames_a_second": rate}
+            writer.write(cv2.cvtColor(drawn[: size[1], : size[0]], cv2.COLOR_RGB2BGR))
+            entries.append(content)
+            bar.update()
+    finally:
+        bar.close()
+        if writer is not None:
+            writer.release()
+    return {**entry, "frames": entries} if entries else None
+
+
+def _main(args: argparse.Namespace) -> None:
+    if not 0 <= args.score <= 1:
+        raise UserError(f"--score is {args.score}; it must be from 0 to 1")
+    inputs = find_inputs(args.inputs)
+    predictor = Predictor.load(args.config_file, args.weights, args.opts)
+    content = predict(predictor, inputs, args.out, args.score)
+    for path in content["unreadable"]:
+        print(f"warning: {path} cannot be read and was left out")
+    print(f"{len(content['files'])} files: {args.out}/predictions.json, and a picture of each")
+
+
+def cli() -> None:
+    """The command line of ``pcka-predict`` and ``tools/predict.py``."""
+    parser = tool_parser(HELP)
+    parser.add_argument("inputs", nargs="+", help="pictures, folders, patterns, videos")
+    parser.add_argument("--config-file", "--config", required=True, help="yaml of the student")
+    parser.add_argument("--weights", default="", help="default: model_final.pth beside the config")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write into")
+    parser.add_argument("--score", type=float, default=0.5, help="threshold; default 0.5")
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="overrides: KEY VALUE ..."
+    )
+    run_tool(parser, _main)

@@ -1,0 +1,260 @@
+"""What is exported is the student, wherever it is taken."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+from helpers import REPO, assert_one_line, digits_cfg, distill_cfg, student_yaml
+from PIL import Image
+
+from pcka_distill import UserError, export
+from pcka_distill.inference import Predictor
+
+EAGER = ("MODEL.RETINANET.SCORE_THRESH_TEST", 0.0, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
+EAGER += ("MODEL.FCOS.SCORE_THRESH_TEST", 0.0, "TEST.DETECTIONS_PER_IMAGE", 6)
+TRACED = ("retinanet", "fcos", "faster_rcnn", "cascade_rcnn", "mask_rcnn", "c4_rcnn", "sem_seg")
+TRACED += ("classifier",)
+
+
+def noise(height=70, width=110, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+# In a process of its own: conftest.py switches off what traces.
+EXPORT = """
+import sys, torch, pcka_distill
+from pathlib import Path
+from pcka_distill import export
+import numpy as np
+folder = Path(sys.argv[1])
+for run in sorted(x for x in folder.iterdir() if x.is_dir()):
+    images = np.load(run / "images.npz")
+    lines = export.export_student(
+        str(run / "config.yaml"), run / "out", images["a"], formats=export.FORMATS
+    )
+    (run / "lines.txt").write_text("\\n".join(lines))
+    traced = torch.jit.load(str(run / "out" / "model.ts"))
+    found = traced(torch.load(run / "prepared.pth"))
+    torch.save([found] if isinstance(found, torch.Tensor) else list(found), run / "found.pth")
+"""
+
+
+def make_run(path, family, weights):
+    """A folder of a run of a family, as training leaves it."""
+    path.mkdir()
+    cfg = distill_cfg(family, weights, *EAGER, "MODEL.DEVICE", "cpu")
+    cfg.OUTPUT_DIR = str(path)
+    (path / "config.yaml").write_text(cfg.dump())
+    state = torch.load(weights, weights_only=True)["model"]
+    content = {"model": {**state, "distill.pcka.x": torch.zeros(3)}, "iteration": 7}
+    torch.save({**content, "optimizer": {"state": torch.zeros(1000)}}, path / "model_final.pth")
+    results = {"digits_val": {"bbox": {"AP": 12.34, "AP-cat": 1.0, "APl": None}}}
+    (path / "results.json").write_text(json.dumps({"results": results}))
+    return path
+
+
+@pytest.fixture
+def run(teacher_files, tmp_path):
+    """Family -> folder of a run."""
+    return lambda family: make_run(tmp_path / "run", family, teacher_files[family])
+
+
+@pytest.fixture(scope="module")
+def graphs(teacher_files, tmp_path_factory):
+    """Family -> what its export left; the classifier is one of them."""
+    folder = tmp_path_factory.mktemp("graphs")
+    for family in TRACED:
+        if family == "classifier":
+            path = folder / family
+            path.mkdir()
+            cfg = digits_cfg("classifier_student", "MODEL.DEVICE", "cpu")
+            (path / "config.yaml").write_text(cfg.dump())
+            torch.manual_seed(0)
+            torch.save({"model": build_model(cfg).state_dict()}, path / "model_final.pth")
+            sizes = (cfg.MODEL.CLASSIFIER.IMAGE_SIZE,) * 2
+        else:
+            path = make_run(folder / family, family, teacher_files[family])
+            sizes = (70, 110)
+        np.savez(path / "images.npz", a=noise(*sizes))
+        # What is asked of the graphs is another image, of another size where that can be.
+        other = noise(*sizes[::-1], seed=2)
+        prepared = Predictor.load(str(path / "config.yaml")).prepare(other)["image"]
+        torch.save(prepared, path / "prepared.pth")
+    done = subprocess.run(
+        [sys.executable, "-c", EXPORT, folder], capture_output=True, text=True,
+        env={**os.environ, "PYTORCH_JIT": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr == ""
+    return folder
+
+
+def test_a_checkpoint_is_the_student_alone(run, tmp_path):
+    path = run("fcos")
+    lines = export.export_student(str(path / "config.yaml"), tmp_path / "out", noise())
+    assert "bit for bit" in lines[0]
+    content = torch.load(tmp_path / "out" / "model_final.pth", weights_only=True)
+    assert content.keys() == {"model"}
+    assert not any(k.startswith("distill.") for k in content["model"])
+    assert (tmp_path / "out" / "model_final.pth").stat().st_size < (
+        path / "model_final.pth"
+    ).stat().st_size
+    card = (tmp_path / "out" / "model_card.md").read_text()
+    assert "AP 12.3" in card
+    assert "AP-cat" not in card
+    assert "taught by | fcos_student.yaml with fcos.pth" in card
+    assert "PCKALoss (weight 1.0)" in card
+    # Nothing of where it was made goes with it.
+    for file in (tmp_path / "out").iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize("family", ["retinanet", "mask_rcnn"])
+def test_stock_detectron2_runs_it(family, run, tmp_path):
+    path = run(family)
+    export.export_student(str(path / "config.yaml"), tmp_path / "out", noise())
+    cfg = get_cfg()
+    cfg.merge_from_file(str(tmp_path / "out" / "student_config.yaml"))
+    cfg.MODEL.WEIGHTS = str(tmp_path / "out" / "model_final.pth")
+    cfg.MODEL.DEVICE = "cpu"
+    image = noise(seed=1)
+    found = DefaultPredictor(cfg)(image[:, :, ::-1])["instances"]
+    expected = Predictor.load(str(path / "config.yaml"))(image)["instances"]
+    assert len(expected) > 0
+    assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+    assert torch.equal(found.scores, expected.scores)
+
+
+@pytest.mark.parametrize("kind", export.FORMATS)
+@pytest.mark.parametrize("family", TRACED)
+def test_graphs_say_what_the_student_says(family, kind, graphs):
+    path = graphs / family
+    predictor = Predictor.load(str(path / "config.yaml"))
+    prepared = torch.load(path / "prepared.pth")
+    with torch.no_grad():
+        (expected,) = predictor.model([{"image": prepared}])
+    lines = (path / "lines.txt").read_text().splitlines()
+    if kind == "torchscript":
+        found = torch.load(path / "found.pth")
+    else:
+        session = onnxruntime.InferenceSession(str(path / "out" / "model.onnx"))
+        found = [torch.from_numpy(x) for x in session.run(None, {"image": prepared.numpy()})]
+        names = [x.name for x in session.get_outputs()]
+        assert names == lines[2].split(" -> ")[1].split(";")[0].split(", ")
+    if "instances" not in expected:
+        (value,) = expected.values()
+        torch.testing.assert_close(found[0], value, atol=1e-4, rtol=1e-4)
+        return
+    instances = expected["instances"]
+    assert len(instances) > 0
+    assert f"{len(instances)} objects" in lines[1] or len(instances) < 6
+    torch.testing.assert_close(found[0], instances.pred_boxes.tensor, atol=1e-2, rtol=1e-3)
+    torch.testing.assert_close(found[1], instances.pred_classes)
+
+
+def test_half_precision(run, tmp_path):
+    path = run("fcos")
+    export.export_student(str(path / "config.yaml"), tmp_path / "out", noise(), half=True)
+    state = torch.load(tmp_path / "out" / "model_final.pth", weights_only=True)["model"]
+    assert all(x.dtype == torch.float16 for x in state.values() if x.is_floating_point())
+    stock = build_model(digits_cfg("fcos"))
+    DetectionCheckpointer(stock).load(str(tmp_path / "out" / "model_final.pth"))
+    whole = Predictor.load(str(path / "config.yaml")).model.state_dict()
+    for name, x in stock.state_dict().items():
+        assert x.dtype == whole[name].dtype
+        torch.testing.assert_close(x, whole[name], rtol=1e-3, atol=1e-6)
+
+
+def test_weights_beyond_half_precision(run, tmp_path):
+    path = run("fcos")
+    content = torch.load(path / "model_final.pth", weights_only=True)
+    next(iter(content["model"].values())).fill_(1e6)
+    torch.save(content, path / "model_final.pth")
+    with pytest.raises(UserError, match="do not fit into half precision; leave out --half"):
+        export.export_student(str(path / "config.yaml"), tmp_path / "out", noise(), half=True)
+
+
+def test_an_average_of_the_weights(run, tmp_path):
+    path = run("fcos")
+    model = Predictor.load(str(path / "config.yaml")).model
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for x in model.parameters():
+        x.data.mul_(3)
+    average.update_parameters(model)
+    average.update_parameters(model)
+    content = torch.load(path / "model_final.pth", weights_only=True)
+    torch.save({**content, "ema": average.state_dict()}, path / "model_final.pth")
+    config = str(path / "config.yaml")
+    export.export_student(config, tmp_path / "out", noise(), key="ema")
+    state = torch.load(tmp_path / "out" / "model_final.pth", weights_only=True)["model"]
+    expected = average.module.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(x, expected[k]) for k, x in state.items())
+    with pytest.raises(UserError, match="has no weights 'mean', but model, iteration"):
+        export.export_student(config, tmp_path / "out", noise(), key="mean")
+    content["ema"] = {"a": torch.zeros(1)}
+    torch.save(content, path / "model_final.pth")
+    with pytest.raises(UserError, match=r"'ema' of .* is not the student's"):
+        export.export_student(config, tmp_path / "out", noise(), key="ema")
+
+
+@pytest.mark.parametrize(
+    "found", [[torch.ones(2, 3) * 1.01], [torch.ones(2, 2)], [torch.full((2, 3), torch.nan)]]
+)
+def test_a_graph_that_says_something_else_is_refused(found, tmp_path):
+    assert export._compare([torch.ones(2, 3)], [torch.ones(2, 3)], tmp_path) == 0
+    with pytest.raises(UserError, match="says something else than the student"):
+        export._compare([torch.ones(2, 3)], found, tmp_path)
+
+
+def test_what_cannot_be_exported(run, tmp_path):
+    with pytest.raises(UserError, match="knows no PanopticFPN; leave out --formats"):
+        export.export_student(
+            str(run("panoptic_fpn") / "config.yaml"), tmp_path / "out", noise(), formats=["onnx"]
+        )
+
+
+@pytest.mark.usefixtures("digits")
+def test_the_command(run, tmp_path):
+    path = run("fcos")
+    Image.fromarray(noise()).save(tmp_path / "a.png")
+    config = path / "config.yaml"
+
+    def tool(*args):
+        return subprocess.run(
+            [
+                *(sys.executable, REPO / "tools" / "export_student.py", "--config-file", config),
+                *("--out", tmp_path / "out", *map(str, args)),
+            ],
+            capture_output=True, text=True, cwd=REPO, env={**os.environ, "PYTORCH_JIT": "1"},
+        )  # fmt: skip
+
+    done = tool("--formats", "torchscript", "onnx", "--license", "MIT")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert len(done.stdout.splitlines()) == 4
+    assert "| licence of the weights | MIT |" in (tmp_path / "out" / "model_card.md").read_text()
+    assert_one_line(tool("--image", "gone.png"), "no picture to compare on .*--image")
+    assert_one_line(tool("--weights", "gone.pth"), "checkpoint not found: gone.pth")
+    done = tool("--image", tmp_path / "a.png", "--out", config / "x")
+    assert_one_line(done, "cannot be written.*change --out")
+    done = tool("--opts", "DATASETS.TEST", "[]")
+    assert_one_line(done, "name a picture with --image")
+
+
+def test_the_students_own_yaml(teacher_files, tmp_path):
+    """Of a run that is elsewhere: a yaml and a checkpoint are enough."""
+    config = str(student_yaml("fcos"))
+    export.export_student(
+        config, tmp_path / "out", noise(), weights=teacher_files["fcos"], opts=EAGER
+    )
+    assert "Results" not in (tmp_path / "out" / "model_card.md").read_text()

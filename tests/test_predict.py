@@ -1,0 +1,229 @@
+"""Pictures, folders and videos in; boxes, masks, pixels and classes out."""
+
+import json
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.data.detection_utils import read_image
+from detectron2.engine import DefaultPredictor
+from helpers import FAMILIES, REPO, assert_one_line, digits_cfg, student_yaml
+from PIL import Image
+
+from pcka_distill import UserError, get_distill_cfg
+from pcka_distill.build import build_registered
+from pcka_distill.drawing import _right, draw_output
+from pcka_distill.inference import Predictor
+from pcka_distill.predict import describe, find_inputs, predict
+
+# A random model is sure of nothing.
+EAGER = ("MODEL.RETINANET.SCORE_THRESH_TEST", 0.0, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
+EAGER += ("MODEL.FCOS.SCORE_THRESH_TEST", 0.0, "TEST.DETECTIONS_PER_IMAGE", 5)
+
+
+def tool(*args):
+    return subprocess.run(
+        [sys.executable, str(REPO / "tools" / "predict.py"), *map(str, args)],
+        capture_output=True, text=True, cwd=REPO,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder: two pictures, one in a folder below, a file that is none, and a text."""
+    folder = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0).integers(0, 256, (2, 70, 110, 3), np.uint8)
+    Image.fromarray(noise[0]).save(folder / "a.png")
+    (folder / "below").mkdir()
+    Image.fromarray(noise[1]).save(folder / "below" / "b.JPG")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def test_files_folders_and_patterns(pictures):
+    a, b = pictures / "a.png", pictures / "below" / "b.JPG"
+    assert [str(y) for _, y in find_inputs([str(pictures)])] == ["a.png", "below/b.JPG"]
+    assert [x for x, _ in find_inputs([str(pictures / "*.png"), str(a), str(b)])] == [a, b]
+    assert [x for x, _ in find_inputs([str(pictures / "**" / "*.JPG")])] == [b]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("nothing/*.jpg", "no pictures or videos in 'nothing/\\*.jpg'"),
+        ("gone.png", "no pictures or videos in 'gone.png'"),
+        ("notes.txt", "is no picture or video"),
+        ("twins", "the same name"),
+    ],
+)
+def test_inputs_that_are_none(pattern, message, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "twins").mkdir()
+    for name in ("x.png", "x.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "twins" / name)
+    with pytest.raises(UserError, match=message):
+        find_inputs([pattern])
+
+
+@pytest.mark.parametrize(
+    ("family", "order"), [*((x, "BGR") for x in FAMILIES), ("retinanet", "RGB")]
+)
+def test_the_predictions_are_those_of_stock_detectron2(family, order, pictures, teacher_files):
+    opts = [*EAGER, "INPUT.FORMAT", order, "MODEL.DEVICE", "cpu"]
+    mine = Predictor.load(str(student_yaml(family)), teacher_files[family], opts)
+    stock = digits_cfg(family, *opts, "MODEL.WEIGHTS", teacher_files[family])
+    stock = DefaultPredictor(stock)(read_image(str(pictures / "a.png"), format="BGR"))
+    found = mine(read_image(str(pictures / "a.png"), format="RGB"))
+    assert found.keys() == stock.keys()
+    if "sem_seg" in stock:
+        torch.testing.assert_close(found["sem_seg"], stock["sem_seg"])
+    if "instances" in stock:
+        assert len(stock["instances"]) > 0
+        for field, value in stock["instances"].get_fields().items():
+            mine_too = found["instances"].get(field)
+            value, mine_too = (getattr(x, "tensor", x) for x in (value, mine_too))
+            torch.testing.assert_close(mine_too, value)
+
+
+@pytest.mark.parametrize("family", ["mask_rcnn", "panoptic_fpn", "sem_seg", "fcos"])
+def test_pictures_and_json(family, pictures, teacher_files, tmp_path):
+    predictor = Predictor.load(str(student_yaml(family)), teacher_files[family], list(EAGER))
+    inputs = find_inputs([str(pictures)])
+    content = predict(predictor, inputs, tmp_path / "out", 0.0)
+    assert json.loads((tmp_path / "out" / "predictions.json").read_text()) == content
+    assert [x["file"] for x in content["files"]] == [str(x) for x, _ in inputs]
+    for name in ("a.jpg", "below/b.jpg"):
+        drawn = np.asarray(Image.open(tmp_path / "out" / name))
+        assert drawn.shape == (480, 754, 3)
+    first, output = content["files"][0], predictor(read_image(str(inputs[0][0]), format="RGB"))
+    if "instances" in output:
+        boxes = output["instances"].pred_boxes.tensor.numpy()
+        boxes[:, 2:] -= boxes[:, :2]
+        found = np.array([x["bbox"] for x in first["objects"]])
+        np.testing.assert_allclose(found, boxes, atol=1e-4)
+        assert ("segmentation" in first["objects"][0]) == output["instances"].has("pred_masks")
+        assert all(x["name"] == str(x["category_id"]) for x in first["objects"])
+    if family == "sem_seg":
+        assert sum(first["pixels"].values()) == 70 * 110
+        labels = np.asarray(Image.open(tmp_path / "out" / "a_labels.png"))
+        np.testing.assert_array_equal(labels, output["sem_seg"].argmax(0))
+    if family == "panoptic_fpn":
+        assert len(first["segments"]) == len(output["panoptic_seg"][1])
+
+
+def test_a_threshold_leaves_out_what_is_scored_lower(pictures, teacher_files):
+    predictor = Predictor.load(
+        str(student_yaml("faster_rcnn")), teacher_files["faster_rcnn"], list(EAGER)
+    )
+    output = predictor(read_image(str(pictures / "a.png"), format="RGB"))
+    scores = sorted(output["instances"].scores.tolist())
+    kept, content = describe(output, predictor.classes, scores[2])
+    assert sorted(kept["instances"].scores.tolist()) == scores[2:]
+    assert sorted(x["score"] for x in content["objects"]) == pytest.approx(scores[2:])
+    assert len(output["instances"]) == len(scores)
+
+
+def test_a_classifier(pictures, tmp_path):
+    cfg = get_distill_cfg()
+    cfg.merge_from_file(str(REPO / "configs" / "ImageNet" / "resnet18.yaml"))
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.CLASSIFIER.IMAGE_SIZE", 64])
+    torch.manual_seed(0)
+    predictor = Predictor(cfg, build_registered(cfg, "the model"))
+    predictor.classes = [f"kind {i}" for i in range(1000)]
+    content = predict(predictor, find_inputs([str(pictures / "a.png")]), tmp_path, 0.5)
+    best = content["files"][0]["best"]
+    scores = predictor(read_image(str(pictures / "a.png"), format="RGB"))["scores"]
+    assert [x["category_id"] for x in best] == scores.argsort(descending=True)[:5].tolist()
+    assert [x["name"] for x in best] == [f"kind {x['category_id']}" for x in best]
+    assert (tmp_path / "a.jpg").is_file()
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_is_done(pictures, teacher_files, tmp_path):
+    (tmp_path / "half.png").write_bytes((pictures / "a.png").read_bytes()[:900])
+    (tmp_path / "whole.png").write_bytes((pictures / "a.png").read_bytes())
+    (tmp_path / "no.mp4").write_bytes(b"no video")
+    predictor = Predictor.load(str(student_yaml("fcos")), teacher_files["fcos"])
+    content = predict(predictor, find_inputs([str(tmp_path)]), tmp_path / "out", 0.5)
+    assert [x["file"] for x in content["files"]] == [str(tmp_path / "whole.png")]
+    assert content["unreadable"] == [str(tmp_path / x) for x in ("half.png", "no.mp4")]
+    with pytest.raises(UserError, match=r"none of the files can be read: .*half\.png"):
+        predict(predictor, find_inputs([str(tmp_path / "half.png")]), tmp_path / "out", 0.5)
+
+
+def test_a_video(teacher_files, tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (3, 98, 122, 3), np.uint8)
+    clip = tmp_path / "clip.avi"
+    writer = cv2.VideoWriter(str(clip), cv2.VideoWriter.fourcc(*"MJPG"), 5, (122, 98))
+    for frame in frames:
+        writer.write(frame)
+    writer.release()
+    predictor = Predictor.load(str(student_yaml("fcos")), teacher_files["fcos"], list(EAGER))
+    content = predict(predictor, find_inputs([str(clip)]), tmp_path / "out", 0.0)
+    (entry,) = content["files"]
+    assert (entry["height"], entry["width"], entry["frames_a_second"]) == (98, 122, 5)
+    video = cv2.VideoCapture(str(clip))
+    expected = [predictor(video.read()[1][:, :, ::-1])["instances"].scores for _ in frames]
+    video.release()
+    for frame, scores in zip(entry["frames"], expected):
+        assert [x["score"] for x in frame["objects"]] == pytest.approx(scores.tolist())
+    drawn = cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4"))
+    assert drawn.get(cv2.CAP_PROP_FRAME_COUNT) == 3
+    drawn.release()
+
+
+@pytest.mark.parametrize("value", [None, 0])
+def test_boxes_are_drawn_where_they_are(value, teacher_files):
+    predictor = Predictor.load(str(student_yaml("fcos")), teacher_files["fcos"], list(EAGER))
+    image = np.zeros((480, 640, 3), np.uint8)
+    found = predictor(image)["instances"][:1]
+    found.pred_boxes.tensor[0] = torch.tensor([100.0, 50.0, 300.0, 250.0])
+    drawn = draw_output(image, {"instances": found[:value]}, ["a"] * 10)
+    edge = drawn[150, 97:103].max() > 80
+    assert edge == (value is None)
+    assert drawn[150, 200].max() == 0
+
+
+def test_an_object_is_found_once(teacher_files):
+    predictor = Predictor.load(str(student_yaml("fcos")), teacher_files["fcos"], list(EAGER))
+    found = predictor(np.zeros((96, 96, 3), np.uint8))["instances"][:4]
+    found.pred_boxes.tensor = torch.tensor(
+        [[0.0, 0, 10, 10], [1, 0, 10, 10], [0, 0, 10, 10], [50, 50, 60, 60]]
+    )
+    found.pred_classes = torch.tensor([3, 3, 4, 3])
+    truth = type(found)((96, 96))
+    truth.gt_boxes = type(found.pred_boxes)(torch.tensor([[0.0, 0, 10, 9]]))
+    truth.gt_classes = torch.tensor([3])
+    assert _right(found, truth) == [True, False, False, False]
+    assert _right(found, truth[:0]) == [False] * 4
+
+
+def test_the_command(pictures, teacher_files, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "student_config.yaml").write_text(student_yaml("fcos").read_text())
+    base = REPO / "configs" / "Digits" / "Base-FCOS-Digits.yaml"
+    text = (run / "student_config.yaml").read_text().replace("Base-FCOS-Digits.yaml", str(base))
+    (run / "student_config.yaml").write_text(text)
+    config = run / "student_config.yaml"
+    done = tool(pictures, "--config", config, "--out", tmp_path / "out")
+    assert_one_line(done, "model_final.pth does not exist: name the checkpoint with --weights")
+    weights = torch.load(teacher_files["fcos"], weights_only=True)
+    torch.save(weights, run / "model_final.pth")
+    done = tool(pictures, "--config", config, "--out", tmp_path / "out", "--opts", *EAGER)
+    assert done.returncode == 0, done.stderr
+    assert "2 files" in done.stdout
+    assert done.stderr == ""
+    weights["model"].pop(next(iter(weights["model"])))
+    torch.save(weights, run / "model_final.pth")
+    done = tool(pictures, "--config", config, "--out", tmp_path / "out")
+    assert_one_line(done, "the checkpoint is not that of the model")
+    done = tool(pictures, "--config", "gone.yaml", "--out", tmp_path / "out")
+    assert_one_line(done, "config file not found: gone.yaml")
+    done = tool(pictures, "--config", config, "--out", tmp_path / "out", "--score", 2)
+    assert_one_line(done, "--score is 2.0")
+    done = tool(pictures, "--config", config, "--weights", teacher_files["fcos"], "--out", config)
+    assert_one_line(done, "cannot be written.* change --out")
