@@ -14,7 +14,14 @@ from detectron2.structures import BoxMode
 
 from pcka_distill.errors import UserError
 
-__all__ = ["check_annotations", "check_records"]
+__all__ = [
+    "box_problem",
+    "check_annotations",
+    "check_records",
+    "evaluation_problem",
+    "is_number",
+    "is_size",
+]
 
 # A child of Detectron2's logger, so that it is seen wherever that one is.
 logger = logging.getLogger(f"detectron2.{__name__}")
@@ -55,7 +62,7 @@ def check_records(
         image = record.get("image_id", record.get("file_name"))
         size: tuple[Any, Any] = record.get("width"), record.get("height")
         named = "width" in record or "height" in record
-        if named and not all(_is_number(x) and x >= 1 for x in size):
+        if named and not is_size(size):
             dropped.setdefault("images without a size", []).append(image)
             continue
         annotations = record.get("annotations")
@@ -72,7 +79,7 @@ def check_records(
                     f"{what}: image {image} has an object of class {number}, and classes are 0 to "
                     f"{classes - 1}"
                 )
-            problem = _problem(annotation, size)
+            problem = box_problem(annotation, size)
             if problem:
                 dropped.setdefault(problem, []).append(image)
             else:
@@ -108,21 +115,32 @@ def check_annotations(file: str, name: str) -> None:
         content = json.load(f)
     # Of images without annotations, such as COCO's test set, detections are only written.
     for annotation in content.get("annotations", []):
-        right = {
-            "area": _is_number(annotation.get("area")),
-            "iscrowd": annotation.get("iscrowd") in (0, 1),
-            "bbox": _are_numbers(annotation.get("bbox")),
-            "id": _is_number(annotation.get("id")),
-        }
-        wrong = next((key for key, ok in right.items() if not ok), None)
-        if wrong is not None:
+        wrong = evaluation_problem(annotation)
+        if wrong:
             raise UserError(
                 f"dataset {name} cannot be used: the {wrong} of annotation {annotation.get('id')} "
                 f"is {annotation.get(wrong)!r}, and COCO's evaluation reads it; mend it in {file}"
             )
 
 
-def _is_number(x: Any) -> bool:
+def evaluation_problem(annotation: Record) -> str:
+    """The key of a COCO annotation that its evaluation would stumble over, or ""."""
+    right = {
+        "area": is_number(annotation.get("area")),
+        "iscrowd": annotation.get("iscrowd") in (0, 1),
+        "bbox": _are_numbers(annotation.get("bbox")),
+        "id": is_number(annotation.get("id")),
+    }
+    return next((key for key, ok in right.items() if not ok), "")
+
+
+def is_size(size: tuple[Any, Any]) -> bool:
+    """Whether these are a width and a height."""
+    return all(is_number(x) and x >= 1 for x in size)
+
+
+def is_number(x: Any) -> bool:
+    """Whether it is a finite number."""
     try:
         return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
     except OverflowError:
@@ -133,13 +151,18 @@ def _is_number(x: Any) -> bool:
 def _are_numbers(box: Any) -> bool:
     """Of a box: a list, a tuple or an array."""
     try:
-        return len(box) == 4 and all(_is_number(x) for x in box)
+        return len(box) == 4 and all(is_number(x) for x in box)
     except TypeError:
         return False
 
 
-def _problem(annotation: Record, size: tuple[Any, Any]) -> str:
-    """Why a box is left out, or ""."""
+def box_problem(annotation: Record, size: tuple[Any, Any]) -> str:
+    """Why a box is left out, or "".
+
+    Args:
+        annotation: of a record.
+        size: width and height of its image, in pixels; None if they are not known.
+    """
     box: Any = annotation.get("bbox")
     mode = annotation.get("bbox_mode")
     if mode not in (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS):
