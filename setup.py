@@ -22,7 +22,8 @@ class BuildWithConfigs(build_py):
         if not self.editable_mode:
             target = Path(self.build_lib, "pcka_distill", "configs")
             shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(HERE / "configs", target)
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(HERE / "configs", target, ignore=ignored)
 
 
 setup(
@@ -51,8 +52,13 @@ setup(
         "iopath",
         "numpy",
         "pycocotools",
+        "PyYAML",
+        "tabulate",
         "tqdm",
     ],
     # Not required: whoever has OpenCV has it under one of four names that do not live together.
-    extras_require={"demo": ["opencv-python-headless", "scikit-learn", "scipy", "matplotlib"]},
+    extras_require={
+        "demo": ["opencv-python-headless", "scikit-learn", "scipy", "matplotlib"],
+        "export": ["onnx", "onnxruntime"],
+    },
 )

@@ -299,11 +299,11 @@ def get_config_file(name: str) -> str:
     Raises:
         UserError: there is none of that name.
     """
-    path = _ROOT / "configs" / name
-    if path.is_file():
-        return str(path)
-    files = [x for x in (_ROOT / "configs").rglob("*") if x.suffix in (".py", ".yaml")]
-    names = [x.relative_to(_ROOT / "configs").as_posix() for x in files]
+    folder = _ROOT / "configs"
+    files = [x for x in folder.rglob("*") if x.suffix in (".py", ".yaml")]
+    names = [x.relative_to(folder).as_posix() for x in files]
+    if name in names:
+        return str(folder / name)
     close = difflib.get_close_matches(name, names, n=3)
     hint = f", did you mean {' or '.join(close)}?" if close else ""
     raise UserError(f"no config {name!r} ships with pcka_distill{hint}")
