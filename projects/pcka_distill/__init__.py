@@ -13,6 +13,7 @@ from pcka_distill.adapters import Adapter, find_adapter, register_adapter
 from pcka_distill.build import (
     get_config_file,
     get_distill_cfg,
+    load_teacher,
     register_config,
     student_config,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "find_adapter",
     "get_config_file",
     "get_distill_cfg",
+    "load_teacher",
     "load_teacher_weights",
     "register_adapter",
     "register_classification",

@@ -62,6 +62,7 @@ from pcka_distill.build import (
     build_registered,
     build_student,
     config_keys,
+    get_config_file,
     get_distill_cfg,
     merge_config,
     student_config,
@@ -641,10 +642,7 @@ def stock_config(cfg: CfgNode) -> CfgNode:
     stock, own = student_config(cfg), get_cfg()
     add_pcka_distill_config(own)
     # Of another project's FCOS the node stays.
-    if (
-        stock.MODEL.META_ARCHITECTURE == "FCOS"
-        or stock.MODEL.FCOS.keys() != own.MODEL.FCOS.keys()
-    ):
+    if stock.MODEL.META_ARCHITECTURE == "FCOS" or stock.MODEL.FCOS.keys() != own.MODEL.FCOS.keys():
         del own.MODEL["FCOS"]
     # What this project's own models read stays: without it nothing can build them.
     if stock.MODEL.META_ARCHITECTURE == "ImageClassifier":
@@ -694,6 +692,9 @@ def _announce(
 ) -> None:
     """Begin the log with what is run, keep its config in OUTPUT_DIR, and seed the generators."""
     last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+    if args.config_file and not os.path.isfile(args.config_file):
+        # A name under configs/, which default_setup would look for where one stands.
+        args.config_file = get_config_file(args.config_file)
     default_setup(kept, args)
     for level, note in notes:
         logger.log(level, note)

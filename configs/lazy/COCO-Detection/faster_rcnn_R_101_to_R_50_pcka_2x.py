@@ -1,0 +1,30 @@
+"""configs/COCO-Detection/faster_rcnn_R_101_to_R_50_pcka_2x.yaml as a LazyConfig."""
+
+from detectron2 import model_zoo
+from detectron2.config import LazyCall as L
+
+from pcka_distill import DistillationModel, PCKALoss
+from pcka_distill.build import load_teacher
+
+from ..common.coco_2x import dataloader, lr_multiplier, optimizer, train
+
+__all__ = ["dataloader", "lr_multiplier", "model", "optimizer", "train"]
+
+student = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
+student.backbone.bottom_up.freeze_at = 2
+for key in ("mask_in_features", "mask_pooler", "mask_head"):
+    del student.roi_heads[key]
+
+model = L(DistillationModel)(
+    student=student,
+    # A name in Detectron2's model zoo brings its weights along.
+    teacher=L(load_teacher)(config="COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml"),
+    losses=[
+        L(PCKALoss)(
+            levels=["p2", "p3", "p4", "p5"], patch_size=16, intra_weight=10.0, inter_weight=10.0
+        )
+    ],
+)
+
+optimizer.lr = 0.02
+train.output_dir = "output/coco/lazy/faster_rcnn_R_101_to_R_50_pcka_2x"
