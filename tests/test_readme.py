@@ -185,3 +185,10 @@ def test_the_table_of_losses_is_that_of_the_comparison():
     for name, ap, gain in rows:
         cells = found[name]
         assert cells[2] == ap.strip("*") and cells[3] == gain.strip()
+
+
+def test_the_table_of_tools_is_complete():
+    table = README.split("## Tools")[1].split("\n## ")[0]
+    named = set(re.findall(r"`(\w+\.py)`", "".join(re.findall(r"^\| (`.*?) \|", table, re.M))))
+    there = {x.name for x in (REPO / "tools").glob("*.py")}
+    assert named == there - {"draw_docs.py"}
