@@ -25,16 +25,16 @@ from detectron2.utils.events import EventStorage
 
 from pcka_distill import (
     DistillationModel,
-    FrozenTeacher,
     MimicLoss,
     PCKALoss,
     get_distill_cfg,
-    load_teacher_weights,
+    load_teacher,
     register_digits,
 )
 from pcka_distill.tool import run_tool, tool_parser
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "Digits"
+TEACHER = CONFIGS / "retinanet_teacher.yaml"
 
 
 def read_config(name, *opts):
@@ -43,13 +43,6 @@ def read_config(name, *opts):
     cfg.merge_from_file(str(CONFIGS / name))
     cfg.merge_from_list(list(opts))
     return cfg
-
-
-def load_teacher(weights):
-    """A trained detector; a checkpoint that is not all of it is refused."""
-    model = build_model(read_config("retinanet_teacher.yaml"))
-    load_teacher_weights(model, weights)
-    return model
 
 
 def main(args):
@@ -68,7 +61,7 @@ def main(args):
     cfg = read_config("retinanet_student.yaml", *steps)
     model = build_model(cfg)
     losses = [PCKALoss(patch_size=2, form="signed"), MimicLoss()]  # distill
-    teacher = FrozenTeacher(load_teacher(args.teacher))  # distill
+    teacher = load_teacher(config=str(TEACHER), weights=args.teacher)  # distill
     model = DistillationModel(student=model, teacher=teacher, losses=losses)  # distill
 
     # Not before: a loss may have parameters of its own, which are trained with the student.

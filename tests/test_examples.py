@@ -14,7 +14,7 @@ from helpers import REPO, digits_cfg
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pcka_distill import DISTILL_LOSS_REGISTRY, UserError, build, get_distill_cfg
+from pcka_distill import DISTILL_LOSS_REGISTRY, UserError, build, get_distill_cfg, load_teacher
 
 EXAMPLES = REPO / "examples"
 
@@ -77,8 +77,10 @@ def test_plain_trainer(tmp_path):
     assert any(k.startswith("distill.mimic.") for k in state)
     student = {k: x for k, x in state.items() if not k.startswith("distill.")}
     build_model(digits_cfg("retinanet_student")).load_state_dict(student, strict=True)
+    # A student is no teacher.
+    teacher = str(REPO / "configs" / "Digits" / "retinanet_teacher.yaml")
     with pytest.raises(UserError, match="do not fit its config"):
-        runpy.run_path(str(path))["load_teacher"](str(file))
+        load_teacher(config=teacher, weights=str(file))
 
 
 @pytest.mark.usefixtures("digits")
