@@ -14,7 +14,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
-from helpers import REPO, SHIPPED, make_batch
+from helpers import REPO, SHIPPED, build_distilled, make_batch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from pcka_distill import UserError, get_distill_cfg
@@ -476,3 +477,56 @@ def test_debug_shows_where_an_error_comes_from():
     done = command("--config-file", "no/such.yaml", "--debug")
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "merge_config" in done.stderr
+
+
+def test_what_tensorboard_shows(teacher_files, tmp_path):
+    """Losses and CKA by level, shares of the gradient, and Detectron2's pictures of detections."""
+    main(
+        distill_arguments(
+            "retinanet", teacher_files["retinanet"], tmp_path, "SOLVER.MAX_ITER", 20,
+            "VIS_PERIOD", 8, "SOLVER.GRADIENT_MONITOR_PERIOD", 20,
+            "DATASETS.TEST", "['digits_val']",
+        )
+    )  # fmt: skip
+    events = EventAccumulator(str(tmp_path)).Reload()
+    scalars, pictures = events.Tags()["scalars"], events.Tags()["images"]
+    levels = ("p3", "p4", "p5")
+    assert {f"loss_{x}_{y}" for x in ("pcka", "mimic") for y in levels} <= set(scalars)
+    assert {f"cka/{x}" for x in levels} | {"grad_share/pcka_p3"} <= set(scalars)
+    for level in levels:
+        (value,) = events.Scalars(f"cka/{level}")
+        # At the end of a period, where writers look.
+        assert value.step == 19
+        assert -1 < value.value < 0.999
+    assert pictures == ["detections"]
+    drawn = events.Images("detections")
+    assert [x.step for x in drawn] == [7, 15, 19]
+    assert min(x.width for x in drawn) > 600
+
+
+def test_pictures_change_nothing_else(teacher_files, tmp_path):
+    for period in (0, 1):
+        main(
+            distill_arguments(
+                "retinanet", teacher_files["retinanet"], tmp_path / str(period), "SEED", 3,
+                "VIS_PERIOD", period, "DATASETS.TEST", "['digits_val']",
+            )
+        )  # fmt: skip
+    a, b = (torch.load(tmp_path / x / "model_final.pth", weights_only=False) for x in "01")
+    assert all(torch.equal(x, b["model"][k]) for k, x in a["model"].items())
+
+
+def test_pictures_of_what_has_no_boxes(teacher_files, tmp_path, caplog):
+    main(distill_arguments("sem_seg", teacher_files["sem_seg"], tmp_path, "VIS_PERIOD", 1))
+    assert "no set of DATASETS.TEST has boxes to draw" in caplog.text
+
+
+def test_a_copy_of_the_teacher_has_cka_1(teacher_files, storage):
+    model = build_distilled("retinanet", teacher_files)
+    DetectionCheckpointer(model).load(teacher_files["retinanet"])
+    for x in model.modules():
+        if "BatchNorm" in type(x).__name__:
+            x.eval()
+    storage.iter = 19
+    model(make_batch())
+    assert all(storage.latest()[f"cka/{x}"][0] == pytest.approx(1, abs=1e-4) for x in model.pairs)

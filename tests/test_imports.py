@@ -39,13 +39,13 @@ ALLOWED = {
     },
     "memory": {"errors"},
     "preflight": {"errors", "teacher"},
-    "hooks": {"errors"},
+    "drawing": set(),
+    "hooks": {"errors", "drawing"},
     "step": {"errors", "checkpoint", "build", "hooks"},
     "engine": {
         "errors", "config", "data", "checkpoint", "teacher", "adapters", "build", "memory", "hooks",
         "preflight", "step", "meta_arch",
     },
-    "drawing": set(),
     "inference": {"errors", "adapters", "build", "classifier", "data", "engine"},
     "predict": {"errors", "tool", "checkpoint", "drawing", "inference"},
     "visualize": {

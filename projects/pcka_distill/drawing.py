@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.data import Metadata
+from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.structures import Boxes, pairwise_iou
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 
-__all__ = ["Row", "detection_grid", "draw_output", "figure_of"]
+__all__ = ["Row", "detection_grid", "draw_output", "figure_of", "truth_of"]
 
 # Of the shorter side of a drawn picture: text does not get smaller with the image.
 _PIXELS = 480
 _BEST = 3
+_BOX_KEYS = ("bbox", "bbox_mode", "category_id")
 _SAME = 0.5
 
 Image = np.ndarray[Any, Any]
@@ -96,26 +97,33 @@ class Row(NamedTuple):
     found: Sequence[Any] | None
 
 
+def truth_of(record: dict[str, Any]) -> Any:
+    """The objects of a record of Detectron2's catalogues, without crowds, as instances."""
+    boxes = [{k: a[k] for k in _BOX_KEYS} for a in record["annotations"] if not a.get("iscrowd")]
+    return annotations_to_instances(boxes, (record["height"], record["width"]))
+
+
 def detection_grid(
-    path: Path,
     images: Sequence[Image],
     truth: Sequence[Any],
     rows: Sequence[Row],
     names: Sequence[str],
     caption: str,
-) -> None:
+) -> Any:
     """A row of pictures for each detector: what it finds rightly in green, wrongly in red.
 
     A box is right where an object of its class has an IoU above 0.5 with it and no better box has
     found that object.
 
     Args:
-        path: of the picture to write.
         images: (H, W, 3), uint8, RGB.
         truth: for each picture its instances, with ``gt_boxes`` and ``gt_classes``.
         rows: from top to bottom.
         names: of the classes.
         caption: below the whole.
+
+    Returns:
+        a figure of matplotlib.
     """
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
@@ -146,7 +154,7 @@ def detection_grid(
                 )  # fmt: skip
             axis.set_xticks([])
             axis.set_yticks([])
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def _right(found: Any, truth: Any) -> list[bool]:

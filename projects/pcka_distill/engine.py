@@ -26,6 +26,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import (
     DatasetCatalog,
+    DatasetMapper,
     MetadataCatalog,
     build_detection_test_loader,
     get_detection_dataset_dicts,
@@ -79,7 +80,7 @@ from pcka_distill.data.classification import ClassificationEvaluator, Classifica
 from pcka_distill.data.loader import ResumableLoader, build_train_loader, own_random_numbers
 from pcka_distill.data.sem_seg import check_labels, read_labels, sem_seg_mapper
 from pcka_distill.errors import UserError, reason
-from pcka_distill.hooks import ProgressBar, RunState, Stopwatch
+from pcka_distill.hooks import DetectionPictures, ProgressBar, RunState, Stopwatch
 from pcka_distill.memory import checkpoint_activations
 from pcka_distill.meta_arch import DistillationModel
 from pcka_distill.preflight import check_teacher
@@ -375,6 +376,8 @@ class Trainer(DefaultTrainer):
         hooks.insert(last, self._state)
         if comm.is_main_process():
             hooks.insert(1, ProgressBar())
+            if self.cfg.VIS_PERIOD > 0:
+                hooks.insert(1, _pictures(self.cfg, self.model))
         return hooks
 
     @classmethod
@@ -401,6 +404,28 @@ class Trainer(DefaultTrainer):
                     f"the processes begin at iterations {iterations}, or with other weights: give "
                     "all machines the same OUTPUT_DIR and MODEL.WEIGHTS"
                 )
+
+
+# How many images are drawn.
+_PICTURES = 6
+
+
+def _pictures(cfg: CfgNode, model: nn.Module) -> HookBase | None:
+    """Of VIS_PERIOD: Detectron2 itself draws nothing but proposals. None for what has no boxes."""
+    name = next((x for x in cfg.DATASETS.TEST if _evaluator_type(x) in ("coco", "lvis")), None)
+    records = DatasetCatalog.get(name)[:_PICTURES] if name else []
+    student = _student(model)
+    if not records or not all("annotations" in x for x in records):
+        logger.warning("VIS_PERIOD draws detections, and no set of DATASETS.TEST has boxes to draw")
+        return None
+    inputs = [DatasetMapper(cfg, False)(x) for x in records]
+    return DetectionPictures(
+        cfg.VIS_PERIOD,
+        {"student": student},
+        records,
+        inputs,
+        MetadataCatalog.get(name).thing_classes,
+    )
 
 
 def _records(

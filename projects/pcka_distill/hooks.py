@@ -6,20 +6,30 @@ import logging
 import random
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from detectron2.data.detection_utils import read_image
 from detectron2.engine import HookBase
+from detectron2.evaluation.evaluator import inference_context
 from detectron2.utils import comm
 from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from pcka_distill.drawing import Row, detection_grid, truth_of
 from pcka_distill.errors import UserError
 
-__all__ = ["ProgressBar", "RunState", "Stopwatch", "normalizers", "set_normalizers"]
+__all__ = [
+    "DetectionPictures",
+    "ProgressBar",
+    "RunState",
+    "Stopwatch",
+    "normalizers",
+    "set_normalizers",
+]
 
 # A child of Detectron2's logger, so that it is seen wherever that one is.
 logger = logging.getLogger(f"detectron2.{__name__}")
@@ -82,6 +92,52 @@ class ProgressBar(HookBase):
             self._bar.close()
             self._redirect.__exit__(None, None, None)
             self._bar = None
+
+
+class DetectionPictures(HookBase):
+    """The first images of a test set, with the truth and what is detected, for TensorBoard.
+
+    Args:
+        period: in iterations.
+        models: title -> a detector; each is in evaluation mode while it is asked.
+        records: of Detectron2's catalogues, with ``annotations``.
+        inputs: the same images as these models take them.
+        names: of the classes.
+        score: what is scored lower is not drawn.
+    """
+
+    def __init__(
+        self,
+        period: int,
+        models: Mapping[str, nn.Module],
+        records: Sequence[dict[str, Any]],
+        inputs: Sequence[dict[str, Any]],
+        names: Sequence[str],
+        score: float = 0.4,
+    ) -> None:
+        self._period = period
+        self._models = dict(models)
+        self._records = records
+        self._inputs = inputs
+        self._names = names
+        self._score = score
+
+    def after_step(self) -> None:
+        next_iter = self.trainer.iter + 1
+        if next_iter % self._period and next_iter != self.trainer.max_iter:
+            return
+        images = [read_image(x["file_name"], format="RGB") for x in self._records]
+        rows = [Row("truth", None)]
+        for title, model in self._models.items():
+            with inference_context(model), torch.no_grad():
+                found = [model([x])[0]["instances"].to("cpu") for x in self._inputs]
+            rows.append(Row(title, [x[x.scores >= self._score] for x in found]))
+        truth = [truth_of(x) for x in self._records]
+        caption = f"scores above {self._score}: green boxes are right, red ones are wrong"
+        figure = detection_grid(images, truth, rows, self._names, caption)
+        figure.canvas.draw()
+        pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]
+        self.trainer.storage.put_image("detections", pixels.transpose(2, 0, 1))
 
 
 class RunState(HookBase):

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import annotations_to_instances, read_image
+from detectron2.data.detection_utils import read_image
 from detectron2.utils.env import seed_all_rng
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pcka_distill.build import build_registered
 from pcka_distill.checkpoint import StrictCheckpointer
-from pcka_distill.drawing import Image, Row, detection_grid, figure_of
+from pcka_distill.drawing import Image, Row, detection_grid, figure_of, truth_of
 from pcka_distill.engine import _check_datasets, _resume_or_load
 from pcka_distill.errors import UserError
 from pcka_distill.functional import CHANNEL_LAYOUTS, linear_cka, pool_places, to_patches
@@ -30,7 +30,6 @@ from pcka_distill.recorder import Recorder
 
 __all__ = ["draw_cka", "draw_results", "layers_of", "named_folders"]
 
-_BOX_KEYS = ("bbox", "bbox_mode", "category_id")
 # As in training: PCKA is of a batch.
 _BATCH = 8
 # Beyond so many rows a heatmap has no numbers in its cells.
@@ -86,7 +85,7 @@ def draw_results(
     if not records or names is None:
         raise UserError(f"dataset {dataset} has no boxes to draw; name another with --dataset")
     pictures = [read_image(x["file_name"], format="RGB") for x in records]
-    truth = [_truth(x, y) for x, y in zip(records, pictures)]
+    truth = [truth_of(x) for x in records]
     rows = [Row("truth", None)]
     for title, folder in tqdm(runs.items(), desc="detect", unit="model", disable=None):
         config = Path(folder) / "student_config.yaml"
@@ -95,12 +94,7 @@ def draw_results(
         predictor = Predictor.load(str(config))
         rows.append(Row(title, _detect(predictor, pictures, score, names)))
     caption = f"scores above {score}: green boxes are right, red ones are wrong"
-    detection_grid(path, pictures, truth, rows, names, caption)
-
-
-def _truth(record: dict[str, Any], picture: Image) -> Any:
-    boxes = [{k: a[k] for k in _BOX_KEYS} for a in record["annotations"] if not a.get("iscrowd")]
-    return annotations_to_instances(boxes, picture.shape[:2])
+    detection_grid(pictures, truth, rows, names, caption).savefig(path, dpi=110)
 
 
 def _detect(
