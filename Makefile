@@ -8,12 +8,13 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench
+.PHONY: help env demo test lint bench docs
 
 help:
 	@echo "make demo    teacher, plain and distilled student on the digits set: a table and a picture"
 	@echo "make test    the test suite"
 	@echo "make lint    ruff and mypy"
+	@echo "make docs    the documentation, in output/site"
 	@echo "make bench   the numbers of benchmarks/ again (hours; resumable)"
 
 env:
@@ -30,6 +31,9 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: env
+	$(BIN)/mkdocs build --strict
 
 bench: env
 	$(BIN)/python benchmarks/bm_performance.py

@@ -174,6 +174,27 @@ def test_half_precision(run, tmp_path):
         torch.testing.assert_close(x, whole[name], rtol=1e-3, atol=1e-6)
 
 
+def test_results_are_those_of_the_exported_weights(run, tmp_path):
+    """A card says nothing of weights that nobody evaluated."""
+    path = run("fcos")
+    (path / "model_0000001.pth").write_bytes((path / "model_final.pth").read_bytes())
+    config, other = str(path / "config.yaml"), str(path / "model_0000001.pth")
+    export.export_student(config, tmp_path / "out", noise(), weights=other)
+    card = (tmp_path / "out" / "model_card.md").read_text()
+    assert "12.3" not in card
+    assert "These weights were not evaluated." in card
+
+
+def test_a_run_is_not_written_over(run, tmp_path):
+    path = run("fcos")
+    with pytest.raises(UserError, match="holds a run, which would be lost"):
+        export.export_student(str(path / "config.yaml"), path, noise())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "last_checkpoint").write_text("")
+    with pytest.raises(UserError, match="holds a run, which would be lost"):
+        export.export_student(str(path / "config.yaml"), tmp_path / "other", noise())
+
+
 def test_weights_beyond_half_precision(run, tmp_path):
     path = run("fcos")
     content = torch.load(path / "model_final.pth", weights_only=True)
@@ -257,4 +278,4 @@ def test_the_students_own_yaml(teacher_files, tmp_path):
     export.export_student(
         config, tmp_path / "out", noise(), weights=teacher_files["fcos"], opts=EAGER
     )
-    assert "Results" not in (tmp_path / "out" / "model_card.md").read_text()
+    assert "## Results" not in (tmp_path / "out" / "model_card.md").read_text()

@@ -39,7 +39,7 @@ ALLOWED = {
     },
     "memory": {"errors"},
     "preflight": {"errors", "teacher"},
-    "drawing": set(),
+    "drawing": {"errors"},
     "hooks": {"errors", "drawing"},
     "step": {"errors", "checkpoint", "build", "hooks"},
     "engine": {
@@ -53,7 +53,7 @@ ALLOWED = {
         "drawing", "inference",
     },
     "report": {"errors", "checkpoint", "drawing", "visualize"},
-    "export": {"errors", "checkpoint", "engine", "inference", "report"},
+    "export": {"errors", "checkpoint", "classifier", "engine", "inference", "report"},
     "lazy": {"errors", "adapters", "build", "data", "engine", "meta_arch"},
     "bench": {"errors", "build"},
     "demo": {"bench", "visualize"},

@@ -17,7 +17,7 @@ from pcka_distill import UserError, get_distill_cfg
 from pcka_distill.build import build_registered
 from pcka_distill.drawing import _right, draw_output
 from pcka_distill.inference import Predictor
-from pcka_distill.predict import describe, find_inputs, predict
+from pcka_distill.predict import check_folder, describe, find_inputs, predict
 
 # A random model is sure of nothing.
 EAGER = ("MODEL.RETINANET.SCORE_THRESH_TEST", 0.0, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
@@ -41,6 +41,35 @@ def pictures(tmp_path_factory):
     Image.fromarray(noise[1]).save(folder / "below" / "b.JPG")
     (folder / "notes.txt").write_text("no picture")
     return folder
+
+
+def test_inputs_are_not_written_over(pictures, tmp_path):
+    inputs = find_inputs([str(pictures)])
+    check_folder([str(pictures)], inputs, tmp_path)
+    for out in (pictures, pictures / "below", pictures / "found"):
+        with pytest.raises(UserError, match="is where the inputs are"):
+            check_folder([str(pictures)], inputs, out)
+    pattern = str(pictures / "*.png")
+    with pytest.raises(UserError, match="is where the inputs are"):
+        check_folder([pattern], find_inputs([pattern]), pictures)
+    check_folder([pattern], find_inputs([pattern]), pictures / "found")
+
+
+def test_a_long_narrow_picture(teacher_files, tmp_path):
+    Image.new("RGB", (4500, 30)).save(tmp_path / "a.png")
+    predictor = Predictor.load(str(student_yaml("fcos")), teacher_files["fcos"])
+    predict(predictor, find_inputs([str(tmp_path / "a.png")]), tmp_path / "out", 0.5)
+    assert Image.open(tmp_path / "out" / "a.jpg").size == (4500, 30)
+
+
+def test_stuff_has_its_own_names():
+    segments = [
+        {"id": 1, "isthing": True, "category_id": 1},
+        {"id": 2, "isthing": False, "category_id": 1},
+    ]
+    output = {"panoptic_seg": (torch.zeros(2, 2), segments), "sem_seg": torch.zeros(2, 2, 2)}
+    _, content = describe(output, ["cat", "dog"], 0.5, ["sky", "sea"])
+    assert [x["name"] for x in content["segments"]] == ["dog", "sea"]
 
 
 def test_files_folders_and_patterns(pictures):
@@ -210,7 +239,7 @@ def test_the_command(pictures, teacher_files, tmp_path):
     (run / "student_config.yaml").write_text(text)
     config = run / "student_config.yaml"
     done = tool(pictures, "--config", config, "--out", tmp_path / "out")
-    assert_one_line(done, "model_final.pth does not exist: name the checkpoint with --weights")
+    assert_one_line(done, "there is no .*model_final.pth: name the student's checkpoint")
     weights = torch.load(teacher_files["fcos"], weights_only=True)
     torch.save(weights, run / "model_final.pth")
     done = tool(pictures, "--config", config, "--out", tmp_path / "out", "--opts", *EAGER)
@@ -227,3 +256,5 @@ def test_the_command(pictures, teacher_files, tmp_path):
     assert_one_line(done, "--score is 2.0")
     done = tool(pictures, "--config", config, "--weights", teacher_files["fcos"], "--out", config)
     assert_one_line(done, "cannot be written.* change --out")
+    done = tool(pictures, "--config", config, "--out", pictures / "found")
+    assert_one_line(done, "is where the inputs are; choose another folder with --out")

@@ -134,6 +134,26 @@ def test_data_that_are_elsewhere_leave_a_note(tmp_path):
     assert "Not drawn: unknown dataset &#x27;gone&#x27;" in (tmp_path / "page.html").read_text()
 
 
+def test_metrics_of_a_class_are_not_mixed(tmp_path):
+    folder = make_run(tmp_path / "a", 30.0)
+    metrics = {"mIoU": 20.0, "IoU-sky": 11.0, "ACC-sky": 99.0, "min(IoU, B-Iou)-sky": 5.0}
+    results = {"results": {"x": {"sem_seg": metrics}, "y": {"bbox": None}}}
+    (folder / "results.json").write_text(json.dumps(results))
+    write_report(tmp_path / "page.html", [read_run("a", folder)], images=0)
+    rows = cells((tmp_path / "page.html").read_text())
+    assert ["sky", "11.0"] in rows
+    assert not any("99.0" in row or "5.0" in row for row in rows)
+
+
+def test_a_new_run_in_the_same_folder(tmp_path):
+    folder = make_run(tmp_path / "a", 30.0)
+    with open(folder / "metrics.json", "a") as f:
+        f.write('\n5\n{"iteration": 20, "total_loss": 7.0}\n{"iteration": 24, "total_loss": 6.0}\n')
+    run = read_run("a", folder)
+    assert sorted(run.metrics) == [20, 24]
+    assert run.metrics[20]["total_loss"] == 7.0
+
+
 def test_keys_that_mean_something():
     config = {
         "MODEL.META_ARCHITECTURE": "DistillationModel", "MODEL.DISTILL.LOSSES": ["KDLoss"],

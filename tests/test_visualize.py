@@ -19,6 +19,7 @@ from pcka_distill import PCKALoss, UserError
 from pcka_distill.functional import pool_places
 from pcka_distill.visualize import (
     _channel_cka,
+    _places,
     cka_matrix,
     draw_cka,
     draw_results,
@@ -54,18 +55,31 @@ def cka_of(x, y):
 
 
 def test_a_place_is_a_mean_of_its_cells():
-    x = torch.randn(2, 3, 8, 12)
+    x = torch.randn(2, 3, 9, 12)
     rows = pool_places(x, 4)
     assert rows.shape == (32, 3)
-    # Image 1, second row of places, third place.
-    torch.testing.assert_close(rows[16 + 4 + 2], x[1, :, 2:4, 6:9].mean((1, 2)))
+    # Image 1, last row of places, third place.
+    torch.testing.assert_close(rows[16 + 12 + 2], x[1, :, 6:9, 6:9].mean((1, 2)))
+    with pytest.raises(ValueError, match="grid of 4 on maps of"):
+        pool_places(x[..., :3])
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 5, 7, 13])
+def test_unrelated_maps_have_nothing_in_common(side):
+    """However small they are: no cell is counted twice."""
+    g = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(20):
+        x, y = (_places(torch.randn(8, 64, side, side, generator=g)) for _ in "xy")
+        found.append(cka_matrix({"x": x}, {"y": y}).item())
+    assert abs(np.mean(found)) < 3 * np.std(found) / 20**0.5 + 0.01
 
 
 def test_the_matrix_is_of_its_definition():
     g = torch.Generator().manual_seed(0)
     x = {k: torch.randn(20, n, generator=g) for k, n in (("a", 3), ("b", 30))}
     y = {"c": x["a"] @ torch.randn(3, 5, generator=g), "d": torch.randn(20, 4, generator=g)}
-    found = cka_matrix(x, y)
+    found = cka_matrix({k: {2: v} for k, v in x.items()}, {k: {1: v, 2: v} for k, v in y.items()})
     expected = [[cka_of(a, b) for b in y.values()] for a in x.values()]
     np.testing.assert_allclose(found, expected, atol=1e-5)
 

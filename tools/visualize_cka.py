@@ -14,6 +14,7 @@ named TITLE=CHECKPOINT or TITLE=OUTPUT_DIR; TITLE= is the student as the config 
 import argparse
 from pathlib import Path
 
+from pcka_distill.errors import UserError
 from pcka_distill.inference import load_config
 from pcka_distill.tool import run_tool, tool_parser
 from pcka_distill.visualize import draw_cka, named_folders
@@ -22,11 +23,13 @@ from pcka_distill.visualize import draw_cka, named_folders
 def main(args: argparse.Namespace) -> None:
     """Measure, draw, and print what was measured."""
     cfg = load_config(args.config_file, args.opts)
-    dataset = args.dataset or (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)[0]
+    dataset = args.dataset or next(iter((*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)), "")
+    if not dataset:
+        raise UserError("the config names no dataset; name one with --dataset")
     students = named_folders(args.students)
     for title, levels in draw_cka(cfg, students, dataset, args.out, args.images).items():
         print(f"{title}: " + ", ".join(f"{k} {v:.3f}" for k, v in levels.items()))
-    print(f"CKA with the teacher on {args.images} images of {dataset}; pictures in {args.out}")
+    print(f"CKA with the teacher on images of {dataset}; pictures in {args.out}")
 
 
 if __name__ == "__main__":

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.data import Metadata
-from detectron2.data.detection_utils import annotations_to_instances
+from detectron2.data.detection_utils import annotations_to_instances, read_image
 from detectron2.structures import Boxes, pairwise_iou
 from detectron2.utils.colormap import colormap
-from detectron2.utils.visualizer import Visualizer
+from PIL.Image import DecompressionBombError
 
-__all__ = ["Row", "detection_grid", "draw_output", "figure_of", "truth_of"]
+from pcka_distill.errors import UserError, reason
+
+__all__ = [
+    "Row",
+    "detection_grid",
+    "draw_output",
+    "figure_of",
+    "picture_of",
+    "save_figure",
+    "truth_of",
+]
 
 # Of the shorter side of a drawn picture: text does not get smaller with the image.
 _PIXELS = 480
+_MOST_PIXELS = 1600
 _BEST = 3
 _BOX_KEYS = ("bbox", "bbox_mode", "category_id")
 _SAME = 0.5
@@ -23,20 +35,31 @@ _SAME = 0.5
 Image = np.ndarray[Any, Any]
 
 
-def draw_output(image: Image, output: dict[str, Any], classes: Sequence[str] | None) -> Image:
+def draw_output(
+    image: Image,
+    output: dict[str, Any],
+    classes: Sequence[str] | None,
+    stuff: Sequence[str] | None = None,
+) -> Image:
     """Boxes, masks, segments or best classes, drawn on a picture by Detectron2's visualizer.
 
     Args:
         image: (H, W, 3), uint8, RGB. Small ones are enlarged.
         output: of :class:`.Predictor`; what it holds is drawn, whatever its scores.
         classes: their names; None writes numbers.
+        stuff: names of what is no thing, of a panoptic segmentation.
 
     Returns:
         (H', W', 3), uint8, RGB.
     """
+    # It needs OpenCV, which training does not.
+    from detectron2.utils.visualizer import Visualizer
+
     names = _Names(classes)
-    scale = max(1.0, _PIXELS / min(image.shape[:2]))
-    visualizer = Visualizer(image, Metadata(thing_classes=names, stuff_classes=names), scale=scale)
+    height, width = image.shape[:2]
+    scale = max(1.0, min(_PIXELS / min(height, width), _MOST_PIXELS / max(height, width)))
+    metadata = Metadata(thing_classes=names, stuff_classes=_Names(stuff) if stuff else names)
+    visualizer = Visualizer(image, metadata, scale=scale)
     if "panoptic_seg" in output:
         drawn = visualizer.draw_panoptic_seg_predictions(*output["panoptic_seg"])
     elif "instances" in output:
@@ -87,6 +110,33 @@ def figure_of(columns: int, rows: int, width: float, height: float) -> tuple[Any
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as a picture.
+
+    Raises:
+        UserError: it cannot be written there, or not in that format.
+    """
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be written: {reason(e)}; change --out") from e
+
+
+def picture_of(record: Mapping[str, Any]) -> Image:
+    """(H, W, 3), uint8, RGB, of a record of Detectron2's catalogues.
+
+    Raises:
+        UserError: its file cannot be read.
+    """
+    if "image" in record:
+        image: Image = record["image"]
+        return image
+    try:
+        return read_image(record["file_name"], format="RGB")
+    except (OSError, ValueError, SyntaxError, DecompressionBombError) as e:
+        raise UserError(f"the picture {record['file_name']} cannot be read: {reason(e)}") from e
 
 
 class Row(NamedTuple):

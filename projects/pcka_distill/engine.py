@@ -415,6 +415,9 @@ def _pictures(cfg: CfgNode, model: nn.Module) -> HookBase | None:
     name = next((x for x in cfg.DATASETS.TEST if _evaluator_type(x) in ("coco", "lvis")), None)
     records = DatasetCatalog.get(name)[:_PICTURES] if name else []
     student = _student(model)
+    if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "RRPN":
+        # Its boxes are rotated.
+        records = []
     if not records or not all("annotations" in x for x in records):
         logger.warning("VIS_PERIOD draws detections, and no set of DATASETS.TEST has boxes to draw")
         return None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from detectron2.modeling import GeneralizedRCNN
 from torch import Tensor, nn
 
 from pcka_distill.checkpoint import read_checkpoint, write_whole
+from pcka_distill.classifier import ImageClassifier
 from pcka_distill.engine import stock_config
 from pcka_distill.errors import UserError, reason
 from pcka_distill.inference import Predictor, load_config
@@ -30,6 +33,7 @@ FORMATS = ("torchscript", "onnx")
 _OPSET = 16
 # Relative to the largest value: other kernels round in another order.
 _TOLERANCE = 1e-3
+_SHORT = 300
 # Of torch's tracers, about its own ways and about sizes that are constants of a graph.
 _TRACERS = (
     ".*deprecated",
@@ -129,16 +133,25 @@ def export_student(
     Raises:
         UserError: no checkpoint, a model that cannot be exported, or one that came out different.
     """
+    for taken in {Path(config).resolve().parent, Path(weights or config).resolve().parent}:
+        if folder.resolve() == taken or (folder / "last_checkpoint").exists():
+            raise UserError(f"{folder} holds a run, which would be lost; choose another with --out")
     predictor = Predictor.load(config, weights, [*opts, "MODEL.DEVICE", "cpu"])
     if key != "model":
         load_averaged(predictor.cfg, predictor.model, key)
     lines = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # Of an earlier export.
+        (folder / "model_card.md").unlink(missing_ok=True)
         lines.append(_write_checkpoint(predictor, folder, image, half))
         for kind in formats:
             lines.append(_trace(predictor, image, folder, kind))
-        card = _card(predictor.cfg, predictor.model, Path(config).parent, lines, fields or {})
+        final = Path(config).resolve().parent / "model_final.pth"
+        evaluated = (
+            key == "model" and not opts and Path(predictor.cfg.MODEL.WEIGHTS).resolve() == final
+        )
+        card = _card(predictor, Path(config).parent, evaluated, lines, fields or {})
         write_whole(folder / "model_card.md", lambda f: f.write(card.encode()))
     except OSError as e:
         raise UserError(f"{folder} cannot be written: {reason(e)}; change --out") from e
@@ -216,7 +229,9 @@ def _trace(predictor: Predictor, image: Image, folder: Path, kind: str) -> str:
     outputs, names = _flat_outputs(model, prepared)
     path = folder / _FILES[kind]
     data = io.BytesIO()
-    with warnings.catch_warnings(), torch.no_grad():
+    # A graph that fails is printed by torch, all of it.
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with warnings.catch_warnings(), torch.no_grad(), quiet:
         # That sizes and counts of this image are in the graph: it is compared with another one.
         for text in _TRACERS:
             warnings.filterwarnings("ignore", message=text)
@@ -229,9 +244,13 @@ def _trace(predictor: Predictor, image: Image, folder: Path, kind: str) -> str:
             raise
         except Exception as e:
             # Of tracing: a dozen kinds, in torch and in onnx.
-            raise UserError(f"{type(model).__name__} cannot be exported: {reason(e)}") from e
-    write_whole(path, lambda f: f.write(data.getvalue()))
-    run = _runner(path, kind)
+            why = reason(e)[:_SHORT]
+            raise UserError(f"{type(model).__name__} cannot be exported as {kind}: {why}") from e
+    # It gets its name when it is known to be right.
+    with tempfile.TemporaryDirectory() as temporary:
+        unproven = Path(temporary, path.name)
+        unproven.write_bytes(data.getvalue())
+        run = _runner(unproven, kind)
     worst = _compare(outputs, run(prepared["image"]), path)
     sizes = [tuple(prepared["image"].shape[1:])]
     if "scores" in names and "pred_classes" not in names:
@@ -243,6 +262,7 @@ def _trace(predictor: Predictor, image: Image, folder: Path, kind: str) -> str:
         expected, _ = _flat_outputs(model, {"image": other})
         worst = max(worst, _compare(expected, run(other), path))
         sizes.append(tuple(other.shape[1:]))
+    write_whole(path, lambda f: f.write(data.getvalue()))
     seen = " and ".join(f"{h} x {w}" for h, w in sizes)
     objects = f", {len(outputs[0])} objects" if "pred_boxes" in names else ""
     return (
@@ -294,6 +314,8 @@ def _runner(path: Path, kind: str) -> Callable[[Tensor], list[Tensor]]:
 def _compare(expected: Sequence[Tensor], found: Sequence[Tensor], path: Path) -> float:
     """The largest difference, relative to the largest value of a tensor."""
     worst = 0.0
+    if len(expected) != len(found):
+        raise UserError(f"{path} says something else than the student: {len(found)} tensors")
     for x, y in zip(expected, found):
         if x.shape != y.shape:
             raise UserError(
@@ -318,21 +340,30 @@ def _megabytes(path: Path) -> str:
 
 
 def _card(
-    cfg: CfgNode, model: nn.Module, run: Path, lines: Sequence[str], fields: Mapping[str, str]
+    predictor: Predictor,
+    run: Path,
+    evaluated: bool,
+    lines: Sequence[str],
+    fields: Mapping[str, str],
 ) -> str:
     """What a user of the model asks: what it is, who taught it, how good it is, what is allowed."""
+    cfg, model, names = predictor.cfg, predictor.model, predictor.classes
     count = sum(p.numel() for p in model.parameters())
-    names = Predictor(cfg, model).classes
+    size = (
+        f"{cfg.MODEL.CLASSIFIER.IMAGE_SIZE} x {cfg.MODEL.CLASSIFIER.IMAGE_SIZE} pixels"
+        if isinstance(model, ImageClassifier)
+        else f"shorter side {cfg.INPUT.MIN_SIZE_TEST} pixels, longer at most "
+        f"{cfg.INPUT.MAX_SIZE_TEST}"
+    )
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") if names else "not known"
     facts = {
         "model": f"{type(model).__name__}, {count / 1e6:.2f} M parameters",
         "classes": f"{len(names)}: {shown}" if names else shown,
-        "images": f"{cfg.INPUT.FORMAT}, shorter side {cfg.INPUT.MIN_SIZE_TEST} pixels, longer at "
-        f"most {cfg.INPUT.MAX_SIZE_TEST}; mean {list(cfg.MODEL.PIXEL_MEAN)}, "
+        "images": f"{cfg.INPUT.FORMAT}, {size}; mean {list(cfg.MODEL.PIXEL_MEAN)}, "
         f"std {list(cfg.MODEL.PIXEL_STD)}",
         "trained on": ", ".join(cfg.DATASETS.TRAIN),
     }
-    results = ""
+    results = "\nThese weights were not evaluated.\n"
     if (run / "config.yaml").is_file():
         left = read_run("", run)
         losses = left.config.get("MODEL.DISTILL.LOSSES") or []
@@ -350,14 +381,14 @@ def _card(
                 of_all = {k: v for k, v in metrics.items() if v is not None and "-" not in k}
                 values = ", ".join(f"{k} {v:.1f}" for k, v in of_all.items())
                 rows.append(f"| {dataset} | {task} | {values} |\n")
-        if rows:
+        if rows and evaluated:
             head = "| dataset | task | in percent |\n|---|---|---|\n"
-            note = "Of the weights that were evaluated after training.\n"
-            results = "\n## Results\n\n" + head + "".join(rows) + "\n" + note
+            results = "\n## Results\n\n" + head + "".join(rows)
     facts |= fields
     table = "\n".join(f"| {k} | {v} |" for k, v in facts.items())
     files = "\n".join(f"- {x}" for x in lines)
     return (
         f"# {type(model).__name__}\n\n| | |\n|---|---|\n{table}\n{results}\n"
-        f"## Files\n\n{files}\n- student_config.yaml: what stock Detectron2 builds it by\n"
+        f"## Files\n\n{files}\n- student_config.yaml: what Detectron2 builds it by, with the "
+        "imports that its training had\n"
     )

@@ -26,6 +26,7 @@ in all of these cases, never NaN.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -229,12 +230,20 @@ def pool_places(x: Tensor, grid: int = 4) -> Tensor:
 
     Args:
         x: (B, C, H, W).
-        grid: places across, and down; maps of any size then have the same samples.
+        grid: places across, and down, that share no cell; maps of any size then have the same
+            samples. At most H and W: a cell that is counted twice would be alike to itself.
 
     Returns:
         (B * grid * grid, C), in at least fp32.
     """
-    return F.adaptive_avg_pool2d(widen(x), grid).permute(0, 2, 3, 1).flatten(0, 2)
+    if not 0 < grid <= min(x.shape[-2:]):
+        raise ValueError(f"a grid of {grid} on maps of {tuple(x.shape[-2:])}")
+    x = widen(x)
+    for axis in (-2, -1):
+        edges = [i * x.shape[axis] // grid for i in range(grid + 1)]
+        parts = (x.narrow(axis, a, b - a).mean(axis) for a, b in itertools.pairwise(edges))
+        x = torch.stack(tuple(parts), axis)
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _dissimilarity(

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data.detection_utils import read_image
 from detectron2.engine import HookBase
 from detectron2.evaluation.evaluator import inference_context
 from detectron2.utils import comm
@@ -19,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from pcka_distill.drawing import Row, detection_grid, truth_of
+from pcka_distill.drawing import Row, detection_grid, picture_of, truth_of
 from pcka_distill.errors import UserError
 
 __all__ = [
@@ -126,7 +125,7 @@ class DetectionPictures(HookBase):
         next_iter = self.trainer.iter + 1
         if next_iter % self._period and next_iter != self.trainer.max_iter:
             return
-        images = [read_image(x["file_name"], format="RGB") for x in self._records]
+        images = [picture_of(x) for x in self._records]
         rows = [Row("truth", None)]
         for title, model in self._models.items():
             with inference_context(model), torch.no_grad():

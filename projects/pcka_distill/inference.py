@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ def load_config(path: str, opts: Sequence[Any] = ()) -> CfgNode:
     Raises:
         UserError: no config, or keys that do not fit.
     """
+    if os.path.isfile(path) and "_target_:" in Path(path).read_text(errors="replace"):
+        raise UserError(f"{path} is a LazyConfig, which is not read here: its run has no yaml")
     cfg = get_distill_cfg()
     merge_config(cfg, path, list(opts), "config file")
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
@@ -48,6 +51,7 @@ class Predictor:
 
     Attributes:
         classes: names, in the order of its logits; None where no dataset of ``cfg`` is known here.
+        stuff: names of what is no thing, of a panoptic segmentation; None as above.
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module) -> None:
@@ -55,6 +59,7 @@ class Predictor:
         self.model = model.eval()
         datasets = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
         self.classes = class_names(datasets, find_adapter(model).class_key)
+        self.stuff = class_names(datasets, "stuff_classes")
         sizes = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
         self._resize = ResizeShortestEdge([sizes[0], sizes[0]], sizes[1])
         self._mapper = None
@@ -77,7 +82,7 @@ class Predictor:
         if not weights:
             beside = Path(config).parent / "model_final.pth"
             if not beside.is_file():
-                raise UserError(f"{beside} does not exist: name the checkpoint with --weights")
+                raise UserError(f"there is no {beside}: name the student's checkpoint (--weights)")
             weights = str(beside)
         cfg.MODEL.WEIGHTS = weights
         return cls(cfg, load_student(cfg))

@@ -12,7 +12,8 @@ last two may be lists, of as many loaders as evaluators. The model is any, or on
 
 It is trained by the :class:`.Trainer` of the yaml configs, with the same numbers for the same seed.
 Of the keys under ``train``, those in ``_OURS`` below are not Detectron2's. There is nothing like
-``SOLVER.REFERENCE_WORLD_SIZE``, ``TEST.PRECISE_BN`` and ``MODEL.DISTILL.TEACHER.MIN_AP``.
+``SOLVER.REFERENCE_WORLD_SIZE``, ``TEST.PRECISE_BN``, ``VIS_PERIOD`` and
+``MODEL.DISTILL.TEACHER.MIN_AP``.
 
 A LazyConfig is a program, and the one on the command line is run: it is the user's own command, as
 with Detectron2's tool. So is one in yaml, which can name any function. What it names in turn is

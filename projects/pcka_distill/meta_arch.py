@@ -35,6 +35,9 @@ __all__ = ["DistillationModel"]
 
 # Of Detectron2's writers.
 _CKA_PERIOD = 20
+# Places of an image, each way, and how few of them say nothing.
+_CKA_GRID = 4
+_LEAST_SAMPLES = 8
 
 # A child of Detectron2's logger, so that it is seen wherever that one is.
 logger = logging.getLogger(f"detectron2.{__name__}")
@@ -306,7 +309,11 @@ class DistillationModel(nn.Module):
     def _log_cka(self, student: Taps, teacher: Taps) -> None:
         """How alike the two are by now, whatever the losses make of it."""
         for level in self.pairs if "features" in self._reads else ():
-            x, y = (pool_places(z.features[level]) for z in (student, teacher))
+            maps = [z.features[level] for z in (student, teacher)]
+            grid = min(_CKA_GRID, *maps[0].shape[-2:])
+            if len(maps[0]) * grid**2 < _LEAST_SAMPLES:
+                continue
+            x, y = (pool_places(z, grid) for z in maps)
             cka = linear_cka(x, y, debiased=True)
             get_event_storage().put_scalar(f"cka/{level}", cka, smoothing_hint=False)
 

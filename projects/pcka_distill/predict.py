@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import importlib.util
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from detectron2.data.detection_utils import read_image
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import RotatedBoxes
 from PIL import Image
 from tqdm import tqdm
 
@@ -84,8 +86,29 @@ def find_inputs(patterns: Sequence[str]) -> list[tuple[Path, Path]]:
     return list(found.items())
 
 
+def check_folder(patterns: Sequence[str], inputs: Sequence[tuple[Path, Path]], out: Path) -> None:
+    """Refuse an output folder in which inputs would be written over, or taken for inputs again.
+
+    Args:
+        patterns, inputs: of :func:`find_inputs`.
+        out: to write into.
+    """
+    if importlib.util.find_spec("cv2") is None:
+        raise UserError("pictures are drawn by OpenCV; pip install opencv-python-headless")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} cannot be written: it is a file; change --out")
+    own = out.resolve()
+    parents = {path.resolve().parent for path, _ in inputs}
+    folders = {Path(x).resolve() for x in patterns if os.path.isdir(x)}
+    if own in parents or any(x == own or x in own.parents for x in folders):
+        raise UserError(f"{out} is where the inputs are; choose another folder with --out")
+
+
 def describe(
-    output: dict[str, Any], classes: Sequence[str] | None, score: float
+    output: dict[str, Any],
+    classes: Sequence[str] | None,
+    score: float,
+    stuff: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """An output without what is scored below a threshold, and the same for a json.
 
@@ -93,11 +116,14 @@ def describe(
         output: of :class:`.Predictor`.
         classes: their names.
         score: the threshold.
+        stuff: names of what is no thing, of a panoptic segmentation.
     """
 
-    def name(index: int) -> str:
-        return classes[index] if classes and index < len(classes) else str(index)
+    def name(index: int, names: Sequence[str] | None = classes) -> str:
+        return names[index] if names and index < len(names) else str(index)
 
+    if "instances" in output and isinstance(output["instances"].pred_boxes, RotatedBoxes):
+        raise UserError("the model detects rotated boxes, which are not known here")
     output = dict(output)
     content: dict[str, Any] = {}
     if "instances" in output:
@@ -109,7 +135,8 @@ def describe(
         ]
     if "panoptic_seg" in output:
         content["segments"] = [
-            {"name": name(x["category_id"]), **x} for x in output["panoptic_seg"][1]
+            {"name": name(x["category_id"], classes if x["isthing"] else stuff), **x}
+            for x in output["panoptic_seg"][1]
         ]
     elif "sem_seg" in output:
         counts = np.bincount(output["sem_seg"].argmax(0).flatten().numpy())
@@ -168,11 +195,14 @@ def predict(
 def _picture(predictor: Predictor, path: Path, target: Path, score: float) -> dict[str, Any] | None:
     try:
         image = read_image(str(path), format="RGB")
-    except (OSError, ValueError, SyntaxError):
-        # What Pillow raises of a file that is no picture, or half of one: it is counted and named.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        # What Pillow raises of a file that is no picture, or half of one, or one of gigabytes: it
+        # is counted and named.
         return None
-    output, content = describe(predictor(image), predictor.classes, score)
-    Image.fromarray(draw_output(image, output, predictor.classes)).save(target, quality=92)
+    output, content = describe(predictor(image), predictor.classes, score, predictor.stuff)
+    Image.fromarray(draw_output(image, output, predictor.classes, predictor.stuff)).save(
+        target, quality=92
+    )
     if "sem_seg" in output and "panoptic_seg" not in output:
         labels = output["sem_seg"].argmax(0).numpy().astype(np.uint8)
         Image.fromarray(labels).save(target.with_name(f"{target.stem}_labels.png"))
@@ -181,10 +211,8 @@ def _picture(predictor: Predictor, path: Path, target: Path, score: float) -> di
 
 def _frames(path: Path) -> Iterator[tuple[np.ndarray[Any, Any], float, int]]:
     """Frames (H, W, 3) in RGB, frames a second, and how many there are to be, 0 if unknown."""
-    try:
-        import cv2
-    except ImportError as e:
-        raise UserError("videos need OpenCV; pip install opencv-python-headless") from e
+    import cv2
+
     video = cv2.VideoCapture(str(path))
     try:
         rate = video.get(cv2.CAP_PROP_FPS) or 25.0
@@ -208,8 +236,8 @@ def _video(predictor: Predictor, path: Path, target: Path, score: float) -> dict
     try:
         for frame, rate, count in _frames(path):
             bar.total = count or None
-            output, content = describe(predictor(frame), predictor.classes, score)
-            drawn = draw_output(frame, output, predictor.classes)
+            output, content = describe(predictor(frame), predictor.classes, score, predictor.stuff)
+            drawn = draw_output(frame, output, predictor.classes, predictor.stuff)
             if writer is None:
                 # Even sides, which most codecs want.
                 size = drawn.shape[1] // 2 * 2, drawn.shape[0] // 2 * 2
@@ -217,6 +245,8 @@ def _video(predictor: Predictor, path: Path, target: Path, score: float) -> dict
                 if not writer.isOpened():
                     raise UserError(f"{target} cannot be written as a video: change --out")
                 entry = {"height": frame.shape[0], "width": frame.shape[1], "frames_a_second": rate}
+                # Of a file that breaks off there are fewer.
+                entry["frames_announced"] = count
             writer.write(cv2.cvtColor(drawn[: size[1], : size[0]], cv2.COLOR_RGB2BGR))
             entries.append(content)
             bar.update()
@@ -231,10 +261,15 @@ def _main(args: argparse.Namespace) -> None:
     if not 0 <= args.score <= 1:
         raise UserError(f"--score is {args.score}; it must be from 0 to 1")
     inputs = find_inputs(args.inputs)
+    check_folder(args.inputs, inputs, args.out)
     predictor = Predictor.load(args.config_file, args.weights, args.opts)
     content = predict(predictor, inputs, args.out, args.score)
     for path in content["unreadable"]:
         print(f"warning: {path} cannot be read and was left out")
+    for entry in content["files"]:
+        announced, seen = entry.get("frames_announced", 0), len(entry.get("frames", ()))
+        if seen < announced:
+            print(f"warning: {entry['file']} breaks off after {seen} of {announced} frames")
     print(f"{len(content['files'])} files: {args.out}/predictions.json, and a picture of each")
 
 

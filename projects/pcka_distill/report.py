@@ -71,7 +71,10 @@ def read_run(title: str, folder: Path) -> Run:
         raise UserError(f"{folder} is no folder of a run: it has no config.yaml")
     try:
         # As Detectron2 reads and dumps its configs, which are plain yaml.
-        config = yaml.safe_load((folder / "config.yaml").read_text())
+        text = (folder / "config.yaml").read_text()
+        if "_target_:" in text:
+            raise UserError(f"{folder} holds a run of a LazyConfig, which is not read here")
+        config = yaml.safe_load(text)
         results: dict[str, Any] = {}
         for name in ("results.json", "evaluation.json"):
             if not results and (folder / name).is_file():
@@ -96,10 +99,12 @@ def _read_metrics(path: Path) -> dict[int, dict[str, float]]:
         try:
             content = json.loads(line)
             step = int(content.pop("iteration"))
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, AttributeError):
             # The last line of a run that was killed.
             continue
         # A run that went on from a checkpoint logs some iterations again: the last counts.
+        # So do those of a new run in the same folder.
+        found = {k: v for k, v in found.items() if k <= step}
         found.setdefault(step, {}).update(content)
     return dict(sorted(found.items()))
 
@@ -183,11 +188,15 @@ def _number(value: float | None, before: float | None = None) -> str:
 def _tasks(run: Run) -> dict[tuple[str, str], dict[str, float | None]]:
     """(dataset, task) -> metric -> value."""
     datasets = run.results.get("results", {})
-    return {(d, t): metrics for d, tasks in datasets.items() for t, metrics in tasks.items()}
+    return {(d, t): m or {} for d, tasks in datasets.items() for t, m in (tasks or {}).items()}
 
 
 def _is_of_class(metric: str) -> bool:
     return "-" in metric
+
+
+# Of the metrics of a class, which are shown.
+_BY_CLASS = ("AP-", "IoU-")
 
 
 def _results(runs: Sequence[Run]) -> str:
@@ -289,7 +298,11 @@ def _classes(runs: Sequence[Run]) -> str:
     text = ""
     for key in dict.fromkeys(key for run in runs for key in _tasks(run)):
         tables = [
-            {k.split("-", 1)[1]: v for k, v in _tasks(run).get(key, {}).items() if _is_of_class(k)}
+            {
+                k.split("-", 1)[1]: v
+                for k, v in _tasks(run).get(key, {}).items()
+                if k.startswith(_BY_CLASS)
+            }
             for run in runs
         ]
         names = list(dict.fromkeys(x for table in tables for x in table))

@@ -12,16 +12,23 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import read_image
 from detectron2.utils.env import seed_all_rng
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pcka_distill.build import build_registered
 from pcka_distill.checkpoint import StrictCheckpointer
-from pcka_distill.drawing import Image, Row, detection_grid, figure_of, truth_of
+from pcka_distill.drawing import (
+    Image,
+    Row,
+    detection_grid,
+    figure_of,
+    picture_of,
+    save_figure,
+    truth_of,
+)
 from pcka_distill.engine import _check_datasets, _resume_or_load
-from pcka_distill.errors import UserError
+from pcka_distill.errors import UserError, reason
 from pcka_distill.functional import CHANNEL_LAYOUTS, linear_cka, pool_places, to_patches
 from pcka_distill.inference import Predictor
 from pcka_distill.losses import PCKALoss
@@ -84,17 +91,18 @@ def draw_results(
     names = MetadataCatalog.get(dataset).get("thing_classes")
     if not records or names is None:
         raise UserError(f"dataset {dataset} has no boxes to draw; name another with --dataset")
-    pictures = [read_image(x["file_name"], format="RGB") for x in records]
+    pictures = [picture_of(x) for x in records]
     truth = [truth_of(x) for x in records]
     rows = [Row("truth", None)]
+    for folder in runs.values():
+        for name in ("student_config.yaml", "model_final.pth"):
+            if not Path(folder, name).is_file():
+                raise UserError(f"{folder} is no folder of a run that has ended: it has no {name}")
     for title, folder in tqdm(runs.items(), desc="detect", unit="model", disable=None):
-        config = Path(folder) / "student_config.yaml"
-        if not config.is_file():
-            raise UserError(f"{folder} is no folder of a run: it has no student_config.yaml")
-        predictor = Predictor.load(str(config))
+        predictor = Predictor.load(str(Path(folder) / "student_config.yaml"))
         rows.append(Row(title, _detect(predictor, pictures, score, names)))
     caption = f"scores above {score}: green boxes are right, red ones are wrong"
-    detection_grid(pictures, truth, rows, names, caption).savefig(path, dpi=110)
+    save_figure(detection_grid(pictures, truth, rows, names, caption), path)
 
 
 def _detect(
@@ -134,13 +142,26 @@ def layers_of(backbone: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+# Places across an image -> (N, C), see pool_places: as many as the map has cells, at most four.
+_Places = dict[int, Tensor]
+_GRIDS = (1, 2, 3, 4)
+
+
+def _places(x: Tensor) -> _Places:
+    return {g: pool_places(x, g).cpu() for g in _GRIDS if g <= min(x.shape[-2:])}
+
+
+def _join(parts: Sequence[_Places]) -> _Places:
+    return {g: torch.cat([x[g] for x in parts]) for g in parts[0]}
+
+
 class _Features(NamedTuple):
     """Of one student and of its teacher, on the same images."""
 
-    #: pyramid level -> (N, C), the student's and the teacher's
-    levels: list[dict[str, Tensor]]
-    #: layer of the backbone -> (N, C), the student's and the teacher's, in the order they are run
-    layers: list[dict[str, Tensor]]
+    #: pyramid level -> its places, the student's and the teacher's
+    levels: list[dict[str, _Places]]
+    #: layer of the backbone -> its places, the student's and the teacher's, in the order of running
+    layers: list[dict[str, _Places]]
     #: paired level -> (C,), the CKA of each channel as PCKA sees it
     channels: dict[str, Tensor]
     #: paired level -> (1, C, H, W) of the first image, the student's and the teacher's
@@ -148,13 +169,13 @@ class _Features(NamedTuple):
 
 
 @torch.no_grad()
-def _look(model: DistillationModel, inputs: Sequence[dict[str, Any]]) -> _Features:
-    """What teacher and student make of images."""
+def _look(model: DistillationModel, inputs: Sequence[dict[str, Any]], projected: bool) -> _Features:
+    """What teacher and student make of images; are the 1x1 convolutions between them trained?"""
     assert model.teacher is not None
     sides: tuple[Any, Any] = model.student, model.teacher.model
     loss = next((x for x in model.losses if isinstance(x, PCKALoss)), None)
-    levels: list[dict[str, list[Tensor]]] = [{}, {}]
-    layers: list[dict[str, list[Tensor]]] = [{}, {}]
+    levels: list[dict[str, list[_Places]]] = [{}, {}]
+    layers: list[dict[str, list[_Places]]] = [{}, {}]
     channels: dict[str, list[Tensor]] = {}
     first: dict[str, tuple[Tensor, Tensor]] = {}
     modules = [layers_of(x.backbone) for x in sides]
@@ -173,32 +194,32 @@ def _look(model: DistillationModel, inputs: Sequence[dict[str, Any]]) -> _Featur
             mine, theirs = model.feature_maps(batch)
         for into, maps in zip(levels, (mine, theirs)):
             for level, x in maps.items():
-                into.setdefault(level, []).append(pool_places(x))
+                into.setdefault(level, []).append(_places(x))
         for into, record in zip(layers, (mine_called, theirs_called)):
             for name, calls in record.items():
                 if len(calls) == 1 and calls[0].output.dim() == 4:
-                    into[name].append(pool_places(calls[0].output))
+                    into[name].append(_places(calls[0].output))
         for level, pair in model.pairs.items():
             x, y = mine[level], theirs[pair.teacher]
             if x.shape[-2:] != y.shape[-2:]:
                 y = F.interpolate(y, x.shape[-2:], mode="bilinear", align_corners=False)
-            first.setdefault(level, (x[:1], y[:1]))
+            first.setdefault(level, (x[:1].float().cpu(), y[:1].float().cpu()))
             # PCKA is of a batch: that of a smaller one would be another.
             if loss is None or level not in loss.levels or len(batch) < _BATCH:
                 continue
-            if level in loss.projections:
+            if level in loss.projections and projected:
                 x = loss.projections[level](x)
             if x.shape == y.shape:
                 channels.setdefault(level, []).append(_channel_cka(loss, level, x, y))
     return _Features(
-        [{k: torch.cat(v) for k, v in x.items()} for x in levels],
-        [{k: torch.cat(v) for k, v in x.items() if v} for x in layers],
-        {k: torch.stack(v).mean(0) for k, v in channels.items()},
+        [{k: _join(v) for k, v in x.items()} for x in levels],
+        [{k: _join(v) for k, v in x.items() if v} for x in layers],
+        {k: torch.stack(v).mean(0).cpu() for k, v in channels.items()},
         first,
     )
 
 
-def _enter(into: dict[str, list[Tensor]], name: str, _: Any) -> None:
+def _enter(into: dict[str, list[_Places]], name: str, _: Any) -> None:
     into.setdefault(name, [])
 
 
@@ -210,11 +231,14 @@ def _channel_cka(loss: PCKALoss, level: str, x: Tensor, y: Tensor) -> Tensor:
     return linear_cka(*patches, center=loss.options["center"])
 
 
-def cka_matrix(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensor:
-    """(len(x), len(y)): the debiased linear CKA of each (N, P) with each (N, Q)."""
+def cka_matrix(x: Mapping[str, _Places], y: Mapping[str, _Places]) -> Tensor:
+    """(len(x), len(y)): the debiased linear CKA of each with each, on the finest grid of both."""
     pairs = [(a, b) for a in x.values() for b in y.values()]
-    bar = tqdm(pairs, desc="CKA", unit="pair", disable=None)
-    return torch.stack([linear_cka(a, b, debiased=True) for a, b in bar]).view(len(x), len(y))
+    values = []
+    for a, b in tqdm(pairs, desc="CKA", unit="pair", disable=None):
+        grid = max(a.keys() & b.keys())
+        values.append(linear_cka(a[grid], b[grid], debiased=True))
+    return torch.stack(values).view(len(x), len(y))
 
 
 def draw_cka(
@@ -252,20 +276,35 @@ def draw_cka(
         )
     model.eval()
     begin = {k: v.clone() for k, v in model.state_dict().items()}
+    files = {title: _checkpoint_in(path) for title, path in students.items()}
+    for path in files.values():
+        if path and "://" not in path and not Path(path).is_file():
+            raise UserError(f"checkpoint not found: {path}; change --students")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{folder} cannot be written: {reason(e)}; change --out") from e
     records = DatasetCatalog.get(dataset)[:images]
     prepare = Predictor(cfg, model.student).prepare
-    pictures = [read_image(x["file_name"], format="RGB") for x in records]
+    if len(records) < _BATCH:
+        raise UserError(
+            f"dataset {dataset} has {len(records)} images; at least {_BATCH} are needed"
+        )
+    pictures = [picture_of(x) for x in records]
     inputs = [prepare(x) for x in pictures]
     found: dict[str, _Features] = {}
-    for title, path in students.items():
+    for title, path in files.items():
         model.load_state_dict(begin)
-        weights = _checkpoint_in(path) or cfg.MODEL.WEIGHTS
+        weights = path or cfg.MODEL.WEIGHTS
         checkpointer = StrictCheckpointer(model, trusted=cfg.TRUST_CHECKPOINT)
         _resume_or_load(checkpointer, weights, False)
         if path and (checkpointer.mismatch.shapes or checkpointer.mismatch.missing):
             raise UserError(f"{weights} is not the student's: {checkpointer.mismatch}")
-        found[title] = _look(model, inputs)
-    folder.mkdir(parents=True, exist_ok=True)
+        state = model.state_dict()
+        own = [k for k in begin if k.startswith("distill.")]
+        # Of a student alone the 1x1 convolutions are those that it began with.
+        known = not path or not own or not all(torch.equal(state[k], begin[k]) for k in own)
+        found[title] = _look(model, inputs, known)
     titles = list(found)
     for name, of in (("levels", "levels"), ("layers", "layers")):
         matrices = [cka_matrix(*getattr(x, of)) for x in found.values()]
@@ -315,7 +354,7 @@ def _draw_matrices(
                     color = "black" if value > (1 + low) / 2 else "white"
                     axis.text(x, y, f"{value:.2f}", ha="center", va="center", color=color, size=8)
     figure.colorbar(shown, ax=grid[0].tolist(), label="CKA (linear, debiased)")
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 def _draw_channels(path: Path, found: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -335,9 +374,14 @@ def _draw_channels(path: Path, found: Mapping[str, Mapping[str, Tensor]]) -> Non
     if not levels:
         grid[0][0].set_axis_off()
         grid[0][0].text(
-            0.5, 0.5, "no levels of equal channels", ha="center", va="center", wrap=True
+            0.5,
+            0.5,
+            "no channels to compare: the config has no PCKA, or widths differ",
+            ha="center",
+            va="center",
+            wrap=True,
         )
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 _First = Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]
@@ -365,7 +409,7 @@ def _draw_relations(path: Path, first: _First, sizes: Mapping[str, int]) -> None
             axis.set_xticks([])
             axis.set_yticks([])
         axes[0].set_ylabel(f"{level}, {len(gram)} patches")
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 def _draw_maps(path: Path, first: _First, picture: Image, prepared: dict[str, Any]) -> None:
@@ -382,4 +426,4 @@ def _draw_maps(path: Path, first: _First, picture: Image, prepared: dict[str, An
         for axis in axes:
             axis.set_xticks([])
             axis.set_yticks([])
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
