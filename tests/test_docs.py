@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from helpers import REPO, digits_cfg
 from PIL import Image
@@ -139,6 +140,10 @@ def own_registries(monkeypatch):
     monkeypatch.setattr(adapters.base, "_ADAPTERS", list(adapters.base._ADAPTERS))
     for registry in (DISTILL_LOSS_REGISTRY, META_ARCH_REGISTRY):
         monkeypatch.setattr(registry, "_obj_map", dict(registry._obj_map))
+    # README's and the pages' datasets have the same names.
+    others = {k: v for k, v in DatasetCatalog.items() if not k.startswith("my_")}
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        monkeypatch.setattr(catalog, "data", {k: v for k, v in catalog.data.items() if k in others})
 
 
 @pytest.mark.usefixtures("own_registries")

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.projects.deeplab import add_deeplab_config
 from helpers import REPO
@@ -67,6 +68,8 @@ def test_python(source, monkeypatch):
         return build_model(cfg)
 
     monkeypatch.setattr(model_zoo, "get", get)
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        monkeypatch.setattr(catalog, "data", dict(catalog.data))
     scope = {"__name__": "readme"}
     exec(source, scope)
     if "model" in scope:
