@@ -19,7 +19,7 @@ def rand(*shape, seed=0, dtype=torch.float32):
 
 def plain(student, teacher, patch_size, layout, center, intra_weight, inter_weight, form="cka"):
     """The form that autograd differentiates; test_functional.py holds it to the definition."""
-    x, y = (functional._to_patches(z, patch_size, layout) for z in (student, teacher))
+    x, y = (functional.to_patches(z, patch_size, layout) for z in (student, teacher))
     loss = intra_weight * functional._dissimilarity(x, y, center, form=form)
     return loss + inter_weight * functional._dissimilarity(x.mT, y.mT, center, form=form)
 
