@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import difflib
 import errno
@@ -18,7 +19,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import torch
@@ -848,7 +849,29 @@ def _disk_errors() -> Iterator[None]:
         ) from e
 
 
-def _join(args: argparse.Namespace, run: Callable[[argparse.Namespace], Any]) -> None:
+def _leave(code: int) -> NoReturn:
+    """End a process that others were joined to, without what Python does last.
+
+    A thread of gloo lets go of a collective's tensors a moment after the collective has returned.
+    It needs Python for that, and if that is being taken down, the whole process is aborted
+    (pytorch/pytorch#179291); what NCCL has under way after an error would be waited for, by all.
+    """
+    if code == 0:
+        atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run_and_leave(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
+    """Run in a process of Detectron2's launcher, which is this one if it is to be alone."""
+    result = run(args)
+    if distributed.is_initialized():
+        _leave(0)
+    return result
+
+
+def _join(args: argparse.Namespace, run: Callable[[argparse.Namespace], Any]) -> NoReturn:
     """Run in a process that torchrun started; ``--num-gpus`` and the like are its business."""
     cuda = torch.cuda.is_available()
     if cuda:
@@ -867,15 +890,13 @@ def _join(args: argparse.Namespace, run: Callable[[argparse.Namespace], Any]) ->
     try:
         run(args)
     except BaseException as e:
-        # Not by the usual way out: what NCCL has under way would be waited for, by all.
         if isinstance(e, UserError):
             print(f"error: {e}", file=sys.stderr)
         else:
             traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        _leave(1)
     distributed.destroy_process_group()
+    _leave(0)
 
 
 def cli(run: Callable[[argparse.Namespace], Any] = main, epilog: str | None = None) -> None:
@@ -891,13 +912,12 @@ def cli(run: Callable[[argparse.Namespace], Any] = main, epilog: str | None = No
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             _join(args, run)
-            return
         devices = torch.cuda.device_count()
         # Without any they are processes on the CPU, joined by gloo.
         if args.num_gpus > devices > 0:
             raise UserError(f"--num-gpus is {args.num_gpus} and {devices} CUDA devices are here")
         launch(
-            run,
+            functools.partial(_run_and_leave, run),
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
