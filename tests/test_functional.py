@@ -16,6 +16,7 @@ from pcka_distill.functional import (
     linear_cka,
     pcka_loss,
     rcka_loss,
+    without_padding,
 )
 
 # Inputs, losses and gradients of the code that the paper's authors published, weight 10 for each
@@ -472,3 +473,78 @@ def test_rcka_rejects_what_it_cannot_compare():
 def test_doctests(module):
     done = doctest.testmod(module)
     assert done.attempted and not done.failed
+
+
+# ---- padding ----------------------------------------------------------------------------------
+
+EXTENTS = [(4, 6), (6, 3), (6, 6)]
+
+
+@pytest.mark.parametrize("fill", functional.FILLS)
+def test_padding_is_cut_off_and_filled(fill):
+    x = torch.randn(3, 2, 7, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    y = without_padding(x, EXTENTS, fill)
+    assert y.shape == (3, 2, 6, 6)
+    own = [x[i, :, :h, :w].detach().numpy() for i, (h, w) in enumerate(EXTENTS)]
+    whole = np.concatenate([part.reshape(2, -1) for part in own], 1).mean(1)
+    for i, (h, w) in enumerate(EXTENTS):
+        value = {"zero": [0.0, 0.0], "image": own[i].mean((1, 2)), "batch": whole}[fill]
+        expected = np.tile(np.asarray(value)[:, None, None], (1, 6, 6))
+        expected[:, :h, :w] = own[i]
+        np.testing.assert_allclose(y[i].detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+    y.sum().backward()
+    for i, (h, w) in enumerate(EXTENTS):
+        assert x.grad[i, :, :h, :w].eq(1).all()
+        assert x.grad[i].sum() == 2 * h * w
+
+
+def test_padding_of_all_images_costs_no_copy():
+    x = torch.rand(2, 3, 8, 8)
+    y = without_padding(x, [(7, 5)] * 2)
+    assert y.shape == (2, 3, 7, 5) and y.data_ptr() == x.data_ptr()
+    assert without_padding(x, [(8, 8)] * 2).shape == x.shape
+    with pytest.raises(ValueError, match="takes an extent for each of 2 images, got 1"):
+        without_padding(x, [(8, 8)])
+
+
+def padded_noise(seed, channels=3, side=12):
+    """Unrelated maps, and what a network makes of padding: one value a channel."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, channels, side, side, generator=g, dtype=torch.float64) + 2
+    x[0, :, :, side // 2 :] = 5 + torch.rand(channels, 1, 1, generator=g, dtype=torch.float64)
+    return x, [(side, side // 2), (side, side)]
+
+
+@pytest.mark.parametrize("form", ["cka", "signed"])
+def test_cells_relate_as_if_there_were_no_padding(form):
+    """Patches of one cell: of what is not padding, cell by cell, from the definition."""
+    (x, extents), (y, _) = padded_noise(0), padded_noise(1)
+    expected = []
+    for channel in range(3):
+        a, b = (
+            np.concatenate(
+                [z[i, channel, :h, :w].numpy().ravel() for i, (h, w) in enumerate(extents)]
+            )
+            for z in (x, y)
+        )
+        if form == "signed":
+            expected.append(np.corrcoef(a, b)[0, 1])
+        else:
+            expected.append(np_cka(a[:, None], b[:, None]))
+    x, y = (without_padding(z, extents, "batch") for z in (x, y))
+    loss = pcka_loss(x, y, patch_size=1, layout="sample", form=form)
+    assert loss.item() == pytest.approx(1 - np.mean(expected), abs=1e-9)
+    if form == "signed":
+        assert baselines.pkd_loss(x, y).item() == pytest.approx(1 - np.mean(expected), abs=1e-9)
+
+
+@pytest.mark.parametrize(("layout", "fill"), [("spatial", "image"), ("sample", "batch")])
+def test_padding_is_no_relation(layout, fill):
+    """Unrelated maps have the CKA that they have without, and not that of their margins."""
+    (x, extents), (y, _) = padded_noise(2, 64, 24), padded_noise(3, 64, 24)
+    options = {"patch_size": 2, "layout": layout}
+    raw = 1 - pcka_loss(x, y, **options)
+    filled = 1 - pcka_loss(*(without_padding(z, extents, fill) for z in (x, y)), **options)
+    # The same number of samples, where the right half of the first image is left out altogether.
+    without = 1 - pcka_loss(x[1:], y[1:], **options)
+    assert filled < 0.1 and abs(filled - without) < 0.05 and raw > 0.3

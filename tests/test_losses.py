@@ -379,6 +379,72 @@ def test_reviewkd_fuses_from_the_top():
     torch.testing.assert_close(losses["loss_reviewkd_p3"], 2 * hcl_loss(made, t.features["p3"]))
 
 
+# But for one, whose levels are fused before they are compared, padding included.
+LOSSES_ON_MAPS = [
+    kind
+    for _, kind in DISTILL_LOSS_REGISTRY
+    if issubclass(kind, FeatureLoss) and kind is not ReviewKDLoss
+]
+# Two images have no relation once it is centred.
+OPTIONS = {PCKALoss: {"patch_size": 2}, FCKALoss: {"center": False}}
+
+
+@pytest.mark.parametrize("kind", LOSSES_ON_MAPS, ids=lambda kind: kind.__name__)
+def test_what_is_padding_teaches_nothing(kind):
+    """Whatever the two networks make of it, and none of the gradient goes there."""
+    torch.manual_seed(0)
+    loss = kind(**OPTIONS.get(kind, {}))
+    loss.attach({"p3": pair("p3")})
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(0)
+        if kind is MGDLoss:
+            loss.set_extra_state(torch.tensor(0))
+        taps = feature_taps(0), feature_taps(1)
+        for k, z in enumerate(taps):
+            # 40 x 64, 64 x 24 and nothing of the last two rows and columns of cells.
+            for i, (h, w) in enumerate([(5, 8), (8, 3)]):
+                noise = 9 * rand(4, 8, 8, seed=10 * seed + k)
+                z.features["p3"][i, :, h:], z.features["p3"][i, :, :, w:] = (
+                    noise[:, h:],
+                    noise[:, :, w:],
+                )
+            z.images, z.sizes = torch.zeros(2, 3, 64, 64), [(40, 64), (64, 24)]
+        taps[0].boxes = [
+            torch.tensor([[4.0, 4.0, 30.0, 30.0]]),
+            torch.tensor([[0.0, 8.0, 20.0, 40.0]]),
+        ]
+        x = taps[0].features["p3"].requires_grad_()
+        value = loss(*taps)["loss_" + loss.name + "_p3"]
+        value.backward()
+        assert x.grad[0, :, 5:].eq(0).all() and x.grad[1, :, :, 3:].eq(0).all()
+        assert x.grad[0, :, :5].abs().sum() > 0
+        found.append((value.detach(), x.grad[0, :, :5], x.grad[1, :, :, :3]))
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("samples", ["rows", "images"])
+def test_pixels_of_padding_are_no_rows(samples):
+    options = {"samples": samples, "center": samples == "rows"}
+    s = Taps(
+        logits={"pixels": rand(2, 4, 4, 3)}, images=torch.zeros(2, 3, 16, 16), background=False
+    )
+    t = Taps(logits={"pixels": rand(2, 4, 4, 3, seed=1)})
+    s.sizes = [(8, 16), (16, 9)]
+    x, y = (z.logits["pixels"] for z in (s, t))
+    if samples == "rows":
+        x, y = (torch.cat([z[0, :2].flatten(0, 1), z[1, :, :3].flatten(0, 1)]) for z in (x, y))
+        expected = rcka_loss(x, y)
+    else:
+        x, y = x.clone(), y.clone()
+        for z in (x, y):
+            z[0, 2:] = 0
+            z[1, :, 3:] = 0
+        expected = rcka_loss(x.flatten(1), y.flatten(1), center=False)
+    torch.testing.assert_close(sum(RCKALoss(**options)(s, t).values()), expected)
+
+
 def test_a_loss_of_another_project_needs_no_keys():
     """Registered from anywhere: without a node of keys it has its own defaults."""
 

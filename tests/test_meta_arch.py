@@ -13,7 +13,7 @@ from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.solver import build_optimizer
 from detectron2.structures import RotatedBoxes
 from detectron2.utils.events import EventStorage
-from helpers import FAMILIES, LEVELS, STAGES, digits_cfg, distill_cfg, make_batch
+from helpers import FAMILIES, LEVELS, STAGES, build_distilled, digits_cfg, distill_cfg, make_batch
 from torch import nn
 
 from pcka_distill import (
@@ -31,6 +31,7 @@ from pcka_distill import (
 )
 from pcka_distill.adapters import find_adapter, prepare_alike
 from pcka_distill.adapters.base import _ADAPTERS
+from pcka_distill.functional import pcka_loss, without_padding
 from pcka_distill.recorder import Recorder
 
 LOSSES = ["PCKALoss", "RCKALoss", "MimicLoss"]
@@ -620,6 +621,26 @@ class Probe(DistillLoss):
     def forward(self, student, teacher):
         self.student, self.teacher = student, teacher
         return {}
+
+
+@pytest.mark.parametrize("family", ["retinanet", "faster_rcnn", "sem_seg"])
+def test_losses_know_what_is_padding(family, teacher_files):
+    built, probe = build_distilled(family, teacher_files), Probe()
+    losses = [PCKALoss(levels=("p3",), patch_size=2, layout="sample"), probe]
+    model = DistillationModel(
+        student=built.student, teacher=built.teacher, losses=losses, input_format="BGR"
+    )
+    sizes = [(96, 128), (80, 64)]
+    losses = step(model, make_batch(sizes=sizes))
+    student, teacher = probe.student, probe.teacher
+    assert student.sizes == sizes and student.padded_size == (96, 128)
+    assert student.extents(12, 16) == [(12, 16), (10, 8)]
+    x, y = (
+        without_padding(z.features["p3"], student.extents(12, 16), "batch")
+        for z in (student, teacher)
+    )
+    expected = pcka_loss(x, y, patch_size=2, layout="sample")
+    torch.testing.assert_close(losses["loss_pcka_p3"], expected)
 
 
 @pytest.mark.parametrize(("mine", "theirs"), [(32, 32), (32, 64), (64, 32)])

@@ -251,7 +251,7 @@ def hcl_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def object_masks(
-    boxes: Sequence[Tensor], padded_size: tuple[int, int], maps: Tensor
+    boxes: Sequence[Tensor], size: tuple[float, float], maps: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Where objects are on a map, and where none is (FGD, Yang et al., CVPR 2022, eq. 2 to 4).
 
@@ -260,7 +260,7 @@ def object_masks(
 
     Args:
         boxes: per image (M, 4), x1, y1, x2, y2 in pixels of the network's input.
-        padded_size: (height, width) of that, which the map covers.
+        size: (height, width) of what the map covers, in the same pixels.
         maps: (B, C, H, W).
 
     Returns:
@@ -270,7 +270,7 @@ def object_masks(
     b, _, h, w = maps.shape
     foreground = maps.new_zeros(b, 1, h, w, dtype=torch.float32)
     rows, columns = (torch.arange(n, device=maps.device) for n in (h, w))
-    scale = foreground.new_tensor([w / padded_size[1], h / padded_size[0]]).repeat(2)
+    scale = foreground.new_tensor([w / size[1], h / size[0]]).repeat(2)
     for i, image in enumerate(boxes):
         if not len(image):
             continue

@@ -42,6 +42,7 @@ __all__ = [
     "CHANNEL_FREE_LAYOUTS",
     "CHANNEL_LAYOUTS",
     "CHANNEL_WEIGHTS",
+    "FILLS",
     "FORMS",
     "LAYOUTS",
     "fcka_loss",
@@ -53,6 +54,7 @@ __all__ = [
     "rcka_loss",
     "to_patches",
     "widen",
+    "without_padding",
 ]
 
 # name -> (permutation of (B, C, U, p, V, p), the number of leading axes that index G, samples N)
@@ -69,6 +71,8 @@ CHANNEL_LAYOUTS = ("spatial", "sample")
 CHANNEL_WEIGHTS = ("equal", "variance")
 #: layouts in which channels are but features of a sample, so that their number may differ
 CHANNEL_FREE_LAYOUTS = ("per_image", "batch")
+#: what :func:`without_padding` can put in the place of padding
+FILLS = ("zero", "image", "batch")
 
 # Bytes that are worked in at a time: a core's share of the caches; and, elsewhere, enough to fill
 # the device.
@@ -261,6 +265,51 @@ def _dissimilarity(
         cka, teachable = _cka(x, y, center, debiased)
     loss = torch.where(teachable, dissimilarity(cka, form), torch.zeros_like(cka))
     return (loss if weights is None else loss * weights).mean()
+
+
+def without_padding(x: Tensor, extents: Sequence[tuple[int, int]], fill: str = "zero") -> Tensor:
+    """Feature maps without what the padding of their images has left in them.
+
+    Images of a batch are padded to one size, and what two networks make of nothing is no relation
+    to learn. Rows and columns that are padding in every image are cut off. Where only some have
+    padding, each channel gets one value, which carries no gradient.
+
+    Args:
+        x: (B, C, H, W).
+        extents: per image, the (rows, columns) that are not padding, from the upper left corner.
+        fill: the value: "zero", for losses of differences; or the mean of the channel over what is
+            not padding, in its "image" or in the "batch", which is what centring takes out.
+
+    Returns:
+        (B, C, H', W'), the most rows and columns of an image; a view of x if all have as many.
+
+    Raises:
+        ValueError: there are not as many extents as images, or an unknown fill.
+    """
+    if len(extents) != len(x) or fill not in FILLS:
+        raise ValueError(
+            f"without_padding takes an extent for each of {len(x)} images, got {len(extents)}, and "
+            f"a fill of {', '.join(FILLS)}, got {fill!r}"
+        )
+    if not len(x):
+        return x
+    rows, columns = (max(sides) for sides in zip(*extents))
+    x = x[..., :rows, :columns]
+    if all(extent == x.shape[-2:] for extent in extents):
+        return x
+    parts = [image[:, :h, :w] for image, (h, w) in zip(x.detach(), extents)]
+    values: list[Tensor | float] = [0.0] * len(x)
+    if fill == "image":
+        values = [part.mean((1, 2))[:, None, None] for part in parts]
+    elif fill == "batch":
+        count = sum(h * w for h, w in extents)
+        total = torch.stack([widen(part).sum((1, 2)) for part in parts]).sum(0)
+        values = [(total / count).to(x.dtype)[:, None, None]] * len(x)
+    x = x.clone()
+    for i, ((h, w), value) in enumerate(zip(extents, values)):
+        x[i, :, h:] = value
+        x[i, :, :h, w:] = value
+    return x
 
 
 def patch_counts(shape: Sequence[int], patch_size: int, layout: str) -> tuple[int, int, int]:

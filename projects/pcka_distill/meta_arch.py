@@ -24,7 +24,7 @@ from pcka_distill.build import (
 )
 from pcka_distill.checkpoint import hide_prefix
 from pcka_distill.errors import UserError
-from pcka_distill.functional import linear_cka, pool_places
+from pcka_distill.functional import linear_cka, pool_places, without_padding
 from pcka_distill.losses import DistillLoss
 from pcka_distill.pairing import LevelPair, align, describe, pair_levels
 from pcka_distill.recorder import Recorder
@@ -310,6 +310,8 @@ class DistillationModel(nn.Module):
         """How alike the two are by now, whatever the losses make of it."""
         for level in self.pairs if "features" in self._reads else ():
             maps = [z.features[level] for z in (student, teacher)]
+            if extents := student.extents(*maps[0].shape[-2:]):
+                maps = [without_padding(z, extents, "batch") for z in maps]
             grid = min(_CKA_GRID, *maps[0].shape[-2:])
             if len(maps[0]) * grid**2 < _LEAST_SAMPLES:
                 continue

@@ -31,6 +31,8 @@ class Taps:
             and of a dense head only the best rows are compared. Elsewhere every row has a class.
         boxes: per image (M, 4), the true boxes x1, y1, x2, y2 in pixels of the network's input.
         images: (B, 3, H, W), the batch after normalisation and padding.
+        sizes: per image (height, width) of it without the padding, which is below and to the right;
+            empty if that is not known.
     """
 
     features: dict[str, Tensor] = field(default_factory=dict)
@@ -41,6 +43,7 @@ class Taps:
     background: bool = True
     boxes: list[Tensor] = field(default_factory=list)
     images: Tensor | None = None
+    sizes: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def padded_size(self) -> tuple[int, int]:
@@ -49,3 +52,13 @@ class Taps:
             raise ValueError("an adapter's collect() must fill in Taps.images")
         height, width = self.images.shape[-2:]
         return height, width
+
+    def extents(self, rows: int, columns: int) -> list[tuple[int, int]]:
+        """Per image, the (rows, columns) that it covers of a grid over the padded batch.
+
+        Empty where nothing is known of the padding.
+        """
+        if not self.sizes:
+            return []
+        height, width = self.padded_size
+        return [(-(-h * rows // height), -(-w * columns // width)) for h, w in self.sizes]

@@ -93,7 +93,8 @@ class Adapter:
             batched_inputs: what it was given.
         """
         call = record["backbone"][-1]
-        taps = Taps(features=dict(call.output), images=call.args[0])
+        sizes = [(x["image"].shape[-2], x["image"].shape[-1]) for x in batched_inputs]
+        taps = Taps(features=dict(call.output), images=call.args[0], sizes=sizes)
         if "logits" in reads:
             self.read_logits(model, record, taps)
             taps.sigmoid = self.is_sigmoid(model)

@@ -12,6 +12,7 @@ from fvcore.nn.weight_init import c2_xavier_fill
 from torch import Tensor, nn
 
 from pcka_distill.errors import UserError
+from pcka_distill.functional import without_padding
 from pcka_distill.pairing import LevelPair
 from pcka_distill.structures import Taps
 
@@ -159,6 +160,8 @@ class FeatureLoss(DistillLoss):
     reads = frozenset({"features"})
     #: put the convolution on every level, or (None) never: the loss compares maps of any channels
     project: bool | None = False
+    #: what stands where images are padded, see :func:`.functional.without_padding`
+    fill: str = "zero"
 
     @configurable
     def __init__(self, *, levels: Sequence[str] = (), **common: Any) -> None:
@@ -185,10 +188,17 @@ class FeatureLoss(DistillLoss):
         raise NotImplementedError
 
     def maps(self, student: Taps, teacher: Taps) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Level, the student's map, projected where it has to be, and the teacher's."""
+        """Level, the student's map, projected where it has to be, and the teacher's.
+
+        Both without what is padding, which may leave fewer rows and columns than in the taps.
+        """
         for level in self.levels or student.features:
             x, y = student.features[level], teacher.features[level]
-            yield level, self.projections[level](x) if level in self.projections else x, y
+            if level in self.projections:
+                x = self.projections[level](x)
+            if extents := student.extents(*x.shape[-2:]):
+                x, y = (without_padding(z, extents, self.fill) for z in (x, y))
+            yield level, x, y
 
     def forward(self, student: Taps, teacher: Taps) -> dict[str, Tensor]:
         return {
@@ -284,6 +294,8 @@ class LogitLoss(DistillLoss):
                     x, y, labels = x[kept], y[kept], labels[kept]
                 chosen["" if group in ("box", "image") else group] = (x, y, labels)
                 continue
+            if y.dim() == 4 and (extents := student.extents(*y.shape[1:3])):
+                x, y, kept, labels = _own_pixels(x, y, kept, labels, extents)
             if self.whole_images:
                 chosen[""] = (x.flatten(1), y.flatten(1), None)
                 continue
@@ -305,6 +317,26 @@ class LogitLoss(DistillLoss):
             labelled = labels[known] if "labels" in self.reads else None
             chosen[""] = (x[known], y[known], labelled)
         return chosen
+
+
+def _own_pixels(
+    x: Tensor,
+    y: Tensor,
+    kept: Tensor | None,
+    labels: Tensor | None,
+    extents: Sequence[tuple[int, int]],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Logits (B, h, w, K), and what is known of their pixels (B, h, w), without the padding."""
+    x, y = (without_padding(z.movedim(-1, 1), extents).movedim(1, -1) for z in (x, y))
+    rows, columns = y.shape[1:3]
+    if any(extent != (rows, columns) for extent in extents):
+        own = torch.zeros_like(y[..., 0], dtype=torch.bool)
+        for image, (h, w) in zip(own, extents):
+            image[:h, :w] = True
+        kept = own if kept is None else kept[:, :rows, :columns] & own
+    elif kept is not None:
+        kept = kept[:, :rows, :columns]
+    return x, y, kept, None if labels is None else labels[:, :rows, :columns]
 
 
 def _best(x: Tensor, y: Tensor, labels: Tensor, score: Tensor, k: int) -> tuple[Tensor, ...]:

@@ -27,6 +27,8 @@ class CWDLoss(FeatureLoss):
         UserError: a setting that cannot work.
     """
 
+    fill = "image"
+
     @configurable
     def __init__(self, *, temperature: float = 1.0, **common: Any) -> None:
         super().__init__(**common)

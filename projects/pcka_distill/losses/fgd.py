@@ -105,7 +105,10 @@ class FGDLoss(FeatureLoss):
     def forward(self, student: Taps, teacher: Taps) -> dict[str, Tensor]:
         losses = {}
         for level, x, y in self.maps(student, teacher):
-            masks = object_masks(student.boxes, student.padded_size, x)
+            # Of what is left without the padding.
+            cells = zip(student.padded_size, x.shape[-2:], student.features[level].shape[-2:])
+            height, width = (side * left / whole for side, left, whole in cells)
+            masks = object_masks(student.boxes, (height, width), x)
             loss = fgd_focal_loss(x, y, *masks, **self.options)
             if self.global_weight:
                 with torch.autocast(x.device.type, enabled=False):

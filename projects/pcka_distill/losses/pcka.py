@@ -90,6 +90,9 @@ class PCKALoss(FeatureLoss):
             )
         if layout in CHANNEL_FREE_LAYOUTS and not inter_weight and form != "signed":
             self.project = None
+        # What the layout's centring takes out: a feature is of one image in it, or of all.
+        if center or debiased:
+            self.fill = "batch" if layout in ("sample", "batch") else "image"
         self._patch_sizes = sizes
         self._warned: set[str] = set()
         self.options: dict[str, Any] = {

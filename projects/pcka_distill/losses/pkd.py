@@ -18,5 +18,7 @@ class PKDLoss(FeatureLoss):
     :class:`.FeatureLoss`.
     """
 
+    fill = "batch"
+
     def compare(self, level: str, student: Tensor, teacher: Tensor) -> Tensor:
         return pkd_loss(student, teacher)

@@ -54,7 +54,7 @@ class ReviewKDLoss(FeatureLoss):
     The student's coarsest level is compared to the teacher's; each finer one is fused with what
     was made of the coarser ones first. The fusion is learned and not part of the student. The
     paper's weight for detection is 1; its code fuses in as many channels as the student's coarsest
-    level has.
+    level has. What images are padded with is compared, too, as in that code.
 
     Args:
         hidden: channels in which levels are fused; 0 for the teacher's, at most 512.
