@@ -108,8 +108,9 @@ class Plan:
 
     @property
     def names(self) -> list[str]:
-        """Of the metrics, without their tasks."""
-        return [x.partition("/")[2] for x in self.metrics]
+        """Of the metrics, without their tasks where they are told apart without."""
+        short = [x.partition("/")[2] for x in self.metrics]
+        return [x if short.count(x) == 1 else whole for x, whole in zip(short, self.metrics)]
 
 
 def _make(kind: type[T], content: Any, where: str) -> T:
@@ -146,8 +147,8 @@ def read_plan(path: Path) -> Plan:
 
     if not plan.metrics or not all(re.fullmatch(r"[^/]+/.+", x) for x in plan.metrics):
         raise UserError(f"{path}: metrics are written as task/metric, such as bbox/AP")
-    if len(set(plan.names)) < len(plan.names):
-        raise UserError(f"{path}: two metrics have one name: {', '.join(plan.metrics)}")
+    if len(set(plan.metrics)) < len(plan.metrics):
+        raise UserError(f"{path}: a metric is named twice: {', '.join(plan.metrics)}")
     if plan.choose_on == plan.report_on:
         raise UserError(f"{path}: choose_on and report_on must be two datasets")
     for name, task in plan.tasks.items():
@@ -412,7 +413,7 @@ def _execute(comparison: Comparison, job: Job, runs: Path, teacher: Path | None)
         found = run(task.config, folder, flat, label="", teacher=teacher, threads=1)
     except Diverged as e:
         return {"diverged": str(e), "environment": _environment(folder)}
-    row = _result(found, folder, plan.metrics)
+    row = _result(found, folder, plan)
     history = _history(folder, list(found["results"]), plan.metrics[0])
     if len(history) > 1:
         row["history"] = history
@@ -427,13 +428,13 @@ def _environment(folder: Path) -> str:
     return f"torch {torch.__version__}, Python {platform.python_version()}, {device}"
 
 
-def _result(found: dict[str, Any], folder: Path, metrics: Sequence[str]) -> Row:
+def _result(found: dict[str, Any], folder: Path, plan: Plan) -> Row:
     """Of a ``results.json`` what is kept."""
-    wanted = [x.partition("/") for x in metrics]
+    wanted = [(*whole.split("/", 1), name) for whole, name in zip(plan.metrics, plan.names)]
     return {
         # Of a model that finds nothing Detectron2 says that there is no AP.
         "metrics": {
-            dataset: {name: round(v[task][name] or 0.0, 3) for task, _, name in wanted}
+            dataset: {name: round(v[task][key] or 0.0, 3) for task, key, name in wanted}
             for dataset, v in found["results"].items()
         },
         "seconds": round(found["train_seconds"], 1),
@@ -468,7 +469,7 @@ def _teachers(
         digest = digest_of(state)
         known = comparison.teachers.get(config)
         if known is None and found is not None:
-            row = _result(found, folder, comparison.plan.metrics)
+            row = _result(found, folder, comparison.plan)
             comparison.add_teacher(config, {**row, "weights": digest})
         elif known is not None and known["weights"] != digest:
             raise UserError(
