@@ -41,7 +41,7 @@ from pcka_distill.data.classification import (
     ClassificationEvaluator,
     ClassificationMapper,
 )
-from pcka_distill.engine import _check_classes
+from pcka_distill.engine import Trainer, _check_classes
 
 PAIRS = sorted(
     p for x in ("CIFAR-100", "ImageNet") for p in (REPO / "configs" / x).glob("*_rcka.yaml")
@@ -586,6 +586,25 @@ def test_the_digits_config_trains_resumes_and_evaluates(teacher_file, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "e" / "evaluation.json").read_text())["results"] == results
+
+
+def test_images_are_evaluated_in_batches():
+    """Of IMS_PER_BATCH, with the result of one at a time."""
+    opts = ["SOLVER.IMS_PER_BATCH", 100, "DATASETS.TEST", ("digit_scans_test",)]
+    cfg = digits_cfg("classifier_student", *opts)
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    sizes = []
+    handle = model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    results = Trainer.test(cfg, model)["classification"]
+    handle.remove()
+    records = DatasetCatalog.get("digit_scans_test")
+    assert sum(sizes) == len(records) and set(sizes[:-1]) == {100}
+    mapper = ClassificationMapper.of(cfg, training=False)
+    with torch.no_grad():
+        best = [int(model([mapper(x)])[0]["scores"].argmax()) for x in records]
+    right = sum(k == x["label"] for k, x in zip(best, records))
+    assert results["top1"] == pytest.approx(100 * right / len(records), abs=0.5)
 
 
 def test_weight_zero_is_the_student_alone(teacher_file, tmp_path):

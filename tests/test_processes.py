@@ -3,6 +3,8 @@
 On a CPU they are joined by gloo; what differs with NCCL was not run here.
 """
 
+import json
+import math
 import os
 import socket
 import subprocess
@@ -11,7 +13,8 @@ import time
 
 import pytest
 import torch
-from helpers import FROZEN_NORM, REPO
+from detectron2.modeling import build_model
+from helpers import FROZEN_NORM, REPO, digits_cfg
 
 pytestmark = pytest.mark.usefixtures("digits")
 SCRIPT = str(REPO / "tests" / "train_in_processes.py")
@@ -24,7 +27,7 @@ def free_port():
 
 
 def arguments(teacher, output, *opts, config="retinanet_pcka"):
-    family = config.split("_pcka")[0]
+    family = config.rpartition("_")[0]
     opts = [
         *("MODEL.DISTILL.TEACHER.CONFIG_FILE", REPO / "configs/Digits" / f"{family}_student.yaml"),
         *("MODEL.DISTILL.TEACHER.WEIGHTS", teacher, "SOLVER.IMS_PER_BATCH", 4),
@@ -134,6 +137,32 @@ def test_processes_are_in_step_and_evaluate_one_model(teacher_files, tmp_path):
     (tmp_path / "run" / "last_checkpoint").write_text("model_0000001.pth")
     said = finish(launch("alone", [*config, "--resume"], opts))
     assert "was made by 2 processes and goes on with 1" in said
+
+
+@pytest.mark.parametrize(
+    ("config", "losses", "dataset"),
+    [
+        ("sem_seg_pcka", ["PCKALoss", "RCKALoss"], "digits_sem_seg_val"),
+        ("classifier_rcka", ["FCKALoss", "RCKALoss"], "digit_scans_test"),
+    ],
+)
+def test_other_tasks_in_mixed_precision(config, losses, dataset, tmp_path):
+    """Pixels and images, in two processes and bf16: in step, and evaluated together."""
+    cfg = digits_cfg(config.rpartition("_")[0] + "_student")
+    torch.manual_seed(7)
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "teacher.pth")
+    opts = ["MODEL.DISTILL.LOSSES", losses, "DATASETS.TEST", (dataset,), "SOLVER.AMP.ENABLED", True]
+    opts += ["SOLVER.IMS_PER_BATCH", 8]
+    config, opts = arguments(tmp_path / "teacher.pth", tmp_path / "run", *opts, config=config)
+    said = finish(launch("launcher", config, opts))
+    assert "weights in step in 2 processes: True" in said
+    results = json.loads((tmp_path / "run" / "results.json").read_text())["results"]
+    assert list(results) == [dataset]
+    first = json.loads((tmp_path / "run" / "metrics.json").read_text().splitlines()[0])
+    terms = {
+        k for k in first if k.startswith("loss_") and k.split("_")[1] in ("pcka", "rcka", "fcka")
+    }
+    assert len(terms) >= 3 and all(math.isfinite(first[k]) for k in terms)
 
 
 @pytest.mark.parametrize("how", ["launcher", "machines", "torchrun"])

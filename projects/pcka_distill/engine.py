@@ -29,9 +29,11 @@ from detectron2.data import (
     DatasetCatalog,
     DatasetMapper,
     MetadataCatalog,
-    build_detection_test_loader,
     get_detection_dataset_dicts,
 )
+from detectron2.data.build import trivial_batch_collator
+from detectron2.data.common import DatasetFromList, MapDataset
+from detectron2.data.samplers import InferenceSampler
 from detectron2.engine import (
     DefaultTrainer,
     HookBase,
@@ -320,10 +322,14 @@ class Trainer(DefaultTrainer):
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         if _evaluator_type(dataset_name) != "classification":
             return super().build_test_loader(cfg, dataset_name)
-        return build_detection_test_loader(
-            DatasetCatalog.get(dataset_name),
-            mapper=ClassificationMapper.of(cfg, training=False),
+        # Detectron2's own takes one image at a time, and some versions no more.
+        records = DatasetFromList(DatasetCatalog.get(dataset_name), copy=False)
+        return torch.utils.data.DataLoader(
+            MapDataset(records, ClassificationMapper.of(cfg, training=False)),
+            batch_size=max(1, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()),
+            sampler=InferenceSampler(len(records)),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
+            collate_fn=trivial_batch_collator,
         )
 
     @classmethod
