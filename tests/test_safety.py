@@ -295,6 +295,47 @@ def test_a_compressed_checkpoint_is_none(tiny, tmp_path):
         load_teacher_weights(tiny, str(tmp_path / "x.pth"))
 
 
+def test_a_pickle_that_asks_for_room_without_end(tiny, tmp_path):
+    """It numbers a part as the two billionth: Python's own reader makes room for all before."""
+    path = tmp_path / "x.pkl"
+    path.write_bytes(b"\x80\x02}r" + (2**31 - 2).to_bytes(4, "little") + b".")
+    with pytest.raises(UserError, match="its part 2147483646 comes after 0 others"):
+        load_teacher_weights(tiny, str(path))
+
+
+class Reduced:
+    """Pickled as the call of a function, and then a state."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    def __reduce__(self):
+        return self.parts
+
+
+@pytest.mark.parametrize(
+    ("kind", "state", "shape", "numbers", "message"),
+    [
+        # Bytes that would be taken for addresses of Python's objects.
+        ("O8", (3, "|", None, None, None, -1, -1, 0), (1,), b"12345678", "array of type 'O8'"),
+        ("f4", (3, "<", None, None, None, -1, -1, 63), (1,), b"1234", "array of type .3, '<'"),
+        ("f4", (3, "<", None, ("a",), {"a": 1}, 8, 1, 0), (1,), b"1234", "array of type .3, '<'"),
+        ("f4", (3, "<", None, None, None, -1, -1, 0), (2**40,), b"1234", "has 4 bytes"),
+        ("f4", (3, "<", None, None, None, -1, -1, 0), (-1, -1), b"1234", "has the shape"),
+        ("f4", (3, "<", None, None, None, -1, -1, 0), (1,), b"1234", "missing in the file"),
+    ],
+)  # fmt: skip
+def test_an_array_is_numbers(kind, state, shape, numbers, message, tiny, tmp_path):
+    path = tmp_path / "x.pkl"
+    function = np.zeros(0).__reduce__()[0]
+    dtype = Reduced(np.dtype, (kind, False, True), state)
+    array = Reduced(function, (np.ndarray, (0,), b"b"), (1, shape, dtype, False, numbers))
+    path.write_bytes(pickle.dumps({"model": {"x": array}, "__author__": "x"}, protocol=2))
+    # The last one is read; it has not the model's tensors.
+    with pytest.raises(UserError, match=message):
+        load_teacher_weights(tiny, str(path))
+
+
 @fuzzed()
 @given(data=st.data())
 def test_any_file_is_a_checkpoint_or_one_line(data, tiny, tmp_path_factory):

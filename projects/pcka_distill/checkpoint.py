@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import math
 import os
 import pickle
 import re
@@ -141,14 +142,84 @@ class _Refused(pickle.UnpicklingError):
     """A pickle that names a function we do not know."""
 
 
-class _Tensors(pickle.Unpickler):
-    """Reads what Detectron2's model zoo has in its .pkl files: numpy arrays, and nothing else."""
+class _Memo(dict[int, Any]):
+    """What a pickle keeps to name it again, numbered one after the other.
+
+    The reader in C, which Detectron2 uses, makes room for as many as the highest number says: a
+    single damaged byte is gigabytes.
+    """
+
+    def __setitem__(self, number: int, value: Any) -> None:
+        # Those of Python 2 begin at 1.
+        if number > len(self) + 1:
+            raise pickle.UnpicklingError(f"its part {number} comes after {len(self)} others")
+        super().__setitem__(number, value)
+
+
+class _Dtype:
+    """Stands for the type of numbers in an array: of no Python objects, and of one number each.
+
+    What numpy makes of any other state would read the numbers of a file as addresses.
+    """
+
+    def __init__(self, kind: str, align: int = 0, copy: int = 1) -> None:
+        if not re.fullmatch(r"[biufc]\d{1,2}", kind):
+            raise _Refused(f"it has an array of type {kind!r:.20}")
+        self.size = int(kind[1:])
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        version, order, *rest = state
+        # No parts, no names, no fields, size and alignment of the type, and no flags.
+        if (
+            version != 3
+            or order not in ("<", ">", "|", "=")
+            or rest != [None, None, None, -1, -1, 0]
+        ):
+            raise _Refused(f"it has an array of type {state!r:.80}")
+
+
+class _Array:
+    """Stands for an array: its type and its size fit the bytes that are its numbers."""
+
+    def __init__(self, kind: Any, shape: Any, code: Any) -> None:
+        if kind is not np.ndarray or shape != (0,):
+            raise _Refused(f"it has an array of kind {kind!r:.40} and shape {shape!r:.40}")
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        version, shape, dtype, _, numbers = state
+        if version != 1 or not isinstance(dtype, _Dtype):
+            raise pickle.UnpicklingError("an array is damaged")
+        if not all(isinstance(side, int) and side >= 0 for side in shape):
+            raise pickle.UnpicklingError(f"an array has the shape {shape!r:.80}")
+        _check_size(dtype, math.prod(shape), numbers)
+
+
+def _check_size(dtype: _Dtype, count: int, numbers: bytes | str) -> None:
+    if len(numbers) != count * dtype.size:
+        raise pickle.UnpicklingError(
+            f"an array of {count} numbers of {dtype.size} bytes has {len(numbers)} bytes"
+        )
+
+
+def _scalar(dtype: _Dtype, number: bytes | str) -> None:
+    _check_size(dtype, 1, number)
+
+
+class _Tensors(pickle._Unpickler):
+    """Looks through what Detectron2's model zoo has in its .pkl files, and makes nothing of it.
+
+    Numbers, text, lists, and numpy arrays; Detectron2 itself then reads the file.
+    """
 
     _ALLOWED = {  # noqa: RUF012  (no dataclass)
         ("collections", "OrderedDict"): OrderedDict,
         ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
+        ("numpy", "dtype"): _Dtype,
     }
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file, encoding="latin1")
+        self.memo = _Memo()
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self._ALLOWED:
@@ -156,9 +227,9 @@ class _Tensors(pickle.Unpickler):
         # numpy moved them in its version 2.
         if module in ("numpy.core.multiarray", "numpy._core.multiarray"):
             if name == "_reconstruct":
-                return np.zeros(0).__reduce__()[0]
+                return _Array
             if name == "scalar":
-                return np.float64(0).__reduce__()[0]
+                return _scalar
         if (module, name) == ("_codecs", "encode"):
             # Of an array pickled by Python 2: latin1 alone.
             return _encode_latin1
@@ -263,7 +334,7 @@ class SafeCheckpointer(DetectionCheckpointer, _SafeReader):
             else:
                 with open(filename, "rb") as f:
                     try:
-                        _Tensors(f, encoding="latin1").load()
+                        _Tensors(f).load()
                     except _Refused as e:
                         raise UserError(_untrusted(filename, reason(e))) from e
         return super()._load_file(filename)
