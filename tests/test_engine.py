@@ -233,6 +233,7 @@ BAD = {
         "unknown SOLVER.AMP.PRECISION 'fp8', expected 'float16', 'bfloat16', or ''",
     ),
     "dataset files": (["DATASETS.TRAIN", "['coco_2017_train']"], "is not there: .*DETECTRON2_DATA"),
+    "device": (["MODEL.DEVICE", "gpu"], "the model cannot be put on MODEL.DEVICE 'gpu': "),
     "no dataset": (["DATASETS.TRAIN", "[]"], "DATASETS.TRAIN is empty"),
     "iterations": (["SOLVER.MAX_ITER", 0], "SOLVER.MAX_ITER is 0; it must be positive"),
     "batch size": (["SOLVER.IMS_PER_BATCH", 0], "SOLVER.IMS_PER_BATCH is 0"),

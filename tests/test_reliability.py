@@ -400,7 +400,10 @@ def test_calibrated_weights_have_the_share_that_was_asked_for(digits, teacher_fi
     for (_, a), (_, b) in zip(proposed, again):
         assert float(a) == pytest.approx(float(b), rel=0.02)
     done = calibrate(*config, "--share", 0.6, *opts)
-    assert done.returncode == 1 and "make it less than 0.50" in done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "positive and less than 0.50" in done.stderr.splitlines()[-1]
+    # It is said before anything is measured, and by nobody else.
+    assert "Starting training" not in done.stdout + done.stderr
+    assert "Warning" not in done.stderr
 
 
 def test_weights_of_a_config_that_distils_nothing(digits):

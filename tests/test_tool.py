@@ -30,6 +30,21 @@ def test_what_the_user_can_change_is_one_line(monkeypatch):
     assert e.value.code == "\ninterrupted; run it again"
 
 
+def test_a_file_that_cannot_be_written_is_one_line(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+
+    def fail():
+        (tmp_path / "file" / "x").mkdir()
+
+    with pytest.raises(NotADirectoryError) as raised:
+        fail()
+    with pytest.raises(SystemExit) as e:
+        run(monkeypatch, raised.value)
+    assert e.value.code == f"error: {tmp_path / 'file' / 'x'}: Not a directory"
+    with pytest.raises(OSError, match="no file"):
+        run(monkeypatch, OSError("no file"))
+
+
 @pytest.mark.parametrize("error", [UserError("no such level"), KeyboardInterrupt()])
 def test_debug_lets_it_through(monkeypatch, error):
     with pytest.raises(type(error)):

@@ -12,9 +12,11 @@ import argparse
 import tempfile
 from typing import Any
 
+import pcka_distill  # noqa: F401  (before Detectron2: it filters the warnings of others)
+
+# isort: split
 from detectron2.engine import HookBase
 
-import pcka_distill  # noqa: F401  (before Detectron2: it filters the warnings of others)
 from pcka_distill.bench import spread
 from pcka_distill.engine import Trainer, setup
 from pcka_distill.errors import UserError
@@ -50,6 +52,15 @@ class _Norms(HookBase):
                     self.found.setdefault(name, []).append(value / factor)
 
 
+def check_share(share: float, losses: int) -> None:
+    """Refuse a share of each of so many losses that cannot be had."""
+    if not 0 < share * losses < 1:
+        raise UserError(
+            f"--share {share} of each of {losses} losses leaves nothing to the detector's own; "
+            f"make it positive and less than {1 / losses:.2f}"
+        )
+
+
 def propose(
     norms: dict[str, float], terms: dict[str, list[str]], weights: dict[str, float], share: float
 ) -> dict[str, float]:
@@ -64,11 +75,7 @@ def propose(
     Raises:
         UserError: a share that cannot be had, or a loss without a gradient.
     """
-    if not 0 < share * len(terms) < 1:
-        raise UserError(
-            f"--share {share} of each of {len(terms)} losses leaves nothing to the detector's own; "
-            f"make it less than {1 / len(terms):.2f}"
-        )
+    check_share(share, len(terms))
     taught = {name for names in terms.values() for name in names}
     own = sum(norm for name, norm in norms.items() if name not in taught)
     whole = own / (1 - share * len(terms))
@@ -94,6 +101,7 @@ def main(args: argparse.Namespace) -> None:
         model: Any = trainer.model
         if not isinstance(model, DistillationModel) or not model.losses:
             raise UserError("the config distils nothing: there are no weights to propose")
+        check_share(args.share, len(model.losses))
         trainer.resume_or_load(resume=False)
         # The schedule stays that of the whole run.
         trainer.max_iter = min(args.iterations, trainer.max_iter)
@@ -114,9 +122,11 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = tool_parser(__doc__)
-    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--config-file", required=True, help="of the distillation")
     parser.add_argument("--share", type=float, default=0.3, help="of each loss; default 0.3")
-    parser.add_argument("--iterations", type=int, default=200)
-    parser.add_argument("--period", type=int, default=10, help="of measurements, in iterations")
+    parser.add_argument("--iterations", type=int, default=200, help="of the training; default 200")
+    parser.add_argument(
+        "--period", type=int, default=10, help="of measurements, in iterations; default 10"
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
     run_tool(parser, main, "interrupted; nothing was kept")

@@ -29,5 +29,5 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = tool_parser(__doc__)
-    parser.add_argument("dump", type=Path)
+    parser.add_argument("dump", type=Path, help="nonfinite_..._rank0.pth of a run")
     run_tool(parser, main)

@@ -282,6 +282,13 @@ def build_registered(cfg: CfgNode, what: str) -> nn.Module:
         if "registry" not in str(e):
             raise
         raise UserError(f"{what} cannot be built: {reason(e)}") from e
+    except RuntimeError as e:
+        # torch says of a device that it does not know, or that is not here; and whatever else.
+        if "device" not in str(e).lower():
+            raise
+        raise UserError(
+            f"{what} cannot be put on MODEL.DEVICE {cfg.MODEL.DEVICE!r}: {reason(e)}"
+        ) from e
     return model
 
 

@@ -896,7 +896,7 @@ def _join(args: argparse.Namespace, run: Callable[[argparse.Namespace], Any]) ->
     try:
         run(args)
     except BaseException as e:
-        if isinstance(e, UserError):
+        if isinstance(e, UserError) and not args.debug:
             print(f"error: {e}", file=sys.stderr)
         else:
             traceback.print_exc()
@@ -905,14 +905,29 @@ def _join(args: argparse.Namespace, run: Callable[[argparse.Namespace], Any]) ->
     _leave(0)
 
 
+_EXAMPLES = """Examples, of a teacher, a student that it teaches, and the student's evaluation:
+
+    {0} --config-file configs/Digits/retinanet_teacher.yaml
+    {0} --config-file configs/Digits/retinanet_pcka_kd.yaml SOLVER.BASE_LR 0.005
+    {0} --config-file configs/Digits/retinanet_pcka_kd.yaml --eval-only \\
+        MODEL.WEIGHTS output/digits/retinanet_pcka_kd/model_final.pth
+
+Several GPUs, of one machine or of two:
+
+    {0} --num-gpus 8 --config-file cfg.yaml
+    {0} --machine-rank 0 --num-machines 2 --dist-url URL --config-file cfg.yaml
+    {0} --machine-rank 1 --num-machines 2 --dist-url URL --config-file cfg.yaml
+"""
+
+
 def cli(run: Callable[[argparse.Namespace], Any] = main, epilog: str | None = None) -> None:
     """The command line: Detectron2's flags, its launcher, and errors on one line.
 
     Args:
         run: what every process does; pickled.
-        epilog: of the help; Detectron2's if None.
+        epilog: of the help; examples of yaml configs if None.
     """
-    parser = default_argument_parser(epilog)
+    parser = default_argument_parser(epilog or _EXAMPLES.format(sys.argv[0]))
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     args = parser.parse_args()
     try:

@@ -10,7 +10,8 @@ last two may be lists, of as many loaders as evaluators. The model is any, or on
         losses=[L(PCKALoss)(levels=["p3", "p4", "p5"])],
     )
 
-It is trained by the :class:`.Trainer` of the yaml configs, with the same numbers for the same seed.
+It is trained by the :class:`.Trainer` of the yaml configs, with the same numbers for the same seed,
+and the same schedule: ``lr_multiplier.warmup_length`` is a share of ``train.max_iter``.
 Of the keys under ``train``, those in ``_OURS`` below are not Detectron2's. There is nothing like
 ``SOLVER.REFERENCE_WORLD_SIZE``, ``TEST.PRECISE_BN``, ``VIS_PERIOD`` and
 ``MODEL.DISTILL.TEACHER.MIN_AP``.

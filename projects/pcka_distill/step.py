@@ -364,7 +364,10 @@ def replay(path: Path) -> dict[str, Any]:
         config, inputs = content["config"], content["inputs"]
     except Exception as e:
         # Of a file that is anything else.
-        raise UserError(f"{path} is no dump of a step: {reason(e)}") from e
+        what = f"it has no {e}" if isinstance(e, KeyError) else reason(e)
+        raise UserError(
+            f"{path} is no dump of a step, as nonfinite_..._rank0.pth in OUTPUT_DIR is: {what}"
+        ) from e
     cfg = get_distill_cfg()
     cfg.merge_from_other_cfg(CfgNode.load_cfg(config))
     if not torch.cuda.is_available():

@@ -39,6 +39,11 @@ def run_tool(
         if args.debug:
             raise
         sys.exit(f"error: {e}")
+    except OSError as e:
+        # Of a file that cannot be opened, made or written; any other is not the user's to change.
+        if args.debug or not e.filename:
+            raise
+        sys.exit(f"error: {e.filename}: {e.strerror}")
     except KeyboardInterrupt:
         if args.debug:
             raise
