@@ -10,10 +10,11 @@ import onnxruntime
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import get_cfg
+from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from helpers import REPO, assert_one_line, digits_cfg, distill_cfg, student_yaml
+from omegaconf import DictConfig
 from PIL import Image
 
 from pcka_distill import UserError, export
@@ -270,6 +271,82 @@ def test_the_command(run, tmp_path):
     assert_one_line(done, "cannot be written.*change --out")
     done = tool("--opts", "DATASETS.TEST", "[]")
     assert_one_line(done, "name a picture with --image")
+
+
+@pytest.fixture
+def lazy_run(tmp_path):
+    """A folder as a training from a LazyConfig leaves it."""
+    folder = tmp_path / "lazy"
+    folder.mkdir()
+    config = LazyConfig.load(str(REPO / "configs/lazy/Digits/retinanet_pcka.py"))
+    config.model.student.test_score_thresh = 0.0
+    config.train.output_dir = str(folder)
+    LazyConfig.save(config, str(folder / "config.yaml"))
+    LazyConfig.save(
+        DictConfig({"model": config.model.student}), str(folder / "student_config.yaml")
+    )
+    torch.manual_seed(0)
+    state = instantiate(config.model.student).state_dict()
+    torch.save({"model": state}, folder / "model_final.pth")
+    results = {"digits_val": {"bbox": {"AP": 12.34, "AP-1": 1.0, "APl": None}, "segm": None}}
+    (folder / "results.json").write_text(json.dumps({"results": results}))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "student_config.yaml"])
+def test_a_student_of_a_lazy_config(name, lazy_run, tmp_path):
+    config, out, trust = str(lazy_run / name), tmp_path / "out", ["TRUST_CONFIG", "True"]
+    with pytest.raises(UserError, match=f"{name} is a LazyConfig.* add TRUST_CONFIG True"):
+        export.export_student(config, out, noise())
+    lines = export.export_student(config, out, noise(), opts=trust)
+    assert "bit for bit" in lines[0]
+    # Prepared as the yaml of the same student has it.
+    same = digits_cfg("retinanet_pcka", "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0)
+    (tmp_path / "same.yaml").write_text(same.dump())
+    image, weights = noise(seed=1), str(lazy_run / "model_final.pth")
+    expected = Predictor.load(str(tmp_path / "same.yaml"), weights)(image)["instances"]
+    assert len(expected) > 0
+    for path in (config, str(out / "student_config.yaml")):
+        predictor = Predictor.load(path, "", trust)
+        found = predictor(image)["instances"]
+        assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+        assert torch.equal(found.scores, expected.scores)
+        assert predictor.classes == [str(x) for x in range(10)]
+    # As stock Detectron2 builds it.
+    stock = instantiate(LazyConfig.load(str(out / "student_config.yaml")).model)
+    DetectionCheckpointer(stock).load(str(out / "model_final.pth"))
+    card = (out / "model_card.md").read_text()
+    assert "| digits_val | bbox | AP 12.3 |" in card
+    assert "| taught by | retinanet_teacher.yaml with model_final.pth |" in card
+    assert "PCKALoss (weight 3.0)" in card
+    assert "mean [127.5, 127.5, 127.5]" in card
+    for file in out.iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes(), file.name
+
+
+def test_a_lazy_config_that_cannot_be_used(lazy_run):
+    config, trust = str(lazy_run / "student_config.yaml"), ["TRUST_CONFIG", "True"]
+    with pytest.raises(UserError, match=r"retinanet_pcka.py is a program.* name the config.yaml"):
+        Predictor.load(str(REPO / "configs/lazy/Digits/retinanet_pcka.py"), "", trust)
+    with pytest.raises(UserError, match=r"MODEL.RETINANET.NUM_CLASSES is no key of the LazyConfig"):
+        Predictor.load(config, "", [*trust, "MODEL.RETINANET.NUM_CLASSES", 3])
+    sizes = ["INPUT.MIN_SIZE_TEST", 48, "MODEL.DEVICE", "cpu"]
+    assert Predictor.load(config, "", [*trust, *sizes]).prepare(noise())["image"].shape[1] == 48
+    (lazy_run / "config.yaml").unlink()
+    with pytest.raises(UserError, match="does not say how test images are prepared"):
+        Predictor.load(config, "", trust)
+
+
+def test_a_lazy_config_runs_nothing_unasked(lazy_run):
+    """Not by being read, either: yaml can call functions."""
+    told = lazy_run / "told"
+    with open(lazy_run / "config.yaml", "a") as f:
+        f.write(f"evil: !!python/object/apply:builtins.open [{told}, w]\n")
+    with pytest.raises(UserError, match="add TRUST_CONFIG True"):
+        Predictor.load(str(lazy_run / "config.yaml"))
+    assert not told.exists()
+    Predictor.load(str(lazy_run / "config.yaml"), "", ["TRUST_CONFIG", "True"])
+    assert told.exists()
 
 
 def test_the_students_own_yaml(teacher_files, tmp_path):

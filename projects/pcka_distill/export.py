@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import json
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, LazyConfig
 from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.export import TracingAdapter
@@ -44,6 +45,8 @@ _TRACERS = (
     "Constant folding",
     "Exporting aten",
 )
+# Overrides by which nothing of a model is another.
+_NO_CHANGE = {"TRUST_CONFIG", "TRUST_CHECKPOINT", "MODEL.DEVICE"}
 _FILES = {"torchscript": "model.ts", "onnx": "model.onnx"}
 
 Image = np.ndarray[Any, Any]
@@ -148,9 +151,9 @@ def export_student(
         for kind in formats:
             lines.append(_trace(predictor, image, folder, kind))
         final = Path(config).resolve().parent / "model_final.pth"
-        evaluated = (
-            key == "model" and not opts and Path(predictor.cfg.MODEL.WEIGHTS).resolve() == final
-        )
+        changed = set(map(str, opts[::2])) - _NO_CHANGE
+        source = Path(predictor.cfg.MODEL.WEIGHTS).resolve()
+        evaluated = key == "model" and not changed and source == final
         card = _card(predictor, Path(config).parent, evaluated, lines, fields or {})
         write_whole(folder / "model_card.md", lambda f: f.write(card.encode()))
     except OSError as e:
@@ -166,12 +169,11 @@ def _write_checkpoint(predictor: Predictor, folder: Path, image: Image, half: bo
     }
     path = folder / "model_final.pth"
     write_whole(path, lambda f: torch.save({"model": state}, f))
-    cfg = stock_config(predictor.cfg)
-    # What is true wherever the folder is.
-    cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = path.name, "./output"
-    config = folder / "student_config.yaml"
-    write_whole(config, lambda f: f.write(cfg.dump().encode()))
-    again = Predictor.load(str(config), "", ["MODEL.DEVICE", "cpu"])
+    config, text = folder / "student_config.yaml", _yaml(predictor, path.name)
+    write_whole(config, lambda f: f.write(text.encode()))
+    # Of a LazyConfig it was asked before.
+    opts = ["MODEL.DEVICE", "cpu", "TRUST_CONFIG", predictor.cfg.TRUST_CONFIG]
+    again = Predictor.load(str(config), "", opts)
     if half:
         differ = max(
             ((v - again.model.state_dict()[k]).abs() / v.abs().max().clamp(min=1e-12)).max().item()
@@ -189,6 +191,20 @@ def _write_checkpoint(predictor: Predictor, folder: Path, image: Image, half: bo
             raise UserError("the checkpoint does not give the student's predictions again")
         how = "gives the same predictions, bit for bit"
     return f"{path.name}, {_megabytes(path)}: {how}"
+
+
+def _yaml(predictor: Predictor, weights: str) -> str:
+    """What is true of the model wherever it is."""
+    if predictor.config is None:
+        cfg = stock_config(predictor.cfg)
+        cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = weights, "./output"
+        text: str = cfg.dump()
+        return text
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary, "lazy.yaml")
+        # It writes into files alone.
+        LazyConfig.save(predictor.config, str(path))
+        return path.read_text()
 
 
 def _adapter(model: nn.Module, prepared: dict[str, Any]) -> TracingAdapter:
@@ -339,6 +355,46 @@ def _megabytes(path: Path) -> str:
     return f"{path.stat().st_size / 1e6:.1f} MB"
 
 
+def _run_of(run: Path, lazily: bool) -> tuple[dict[str, str], Any]:
+    """By what a run was taught, and its results."""
+    if lazily:
+        model = LazyConfig.load(str(run / "config.yaml")).model
+        losses = {x["_target_"].rpartition(".")[2]: x for x in model.get("losses") or ()}
+        weights = {k: x.get("weight", "of its default") for k, x in losses.items()}
+        teacher = model.get("teacher") or {}
+        config = teacher.get("config", "")
+        names = [config if isinstance(config, str) else "a LazyConfig", teacher.get("weights", "")]
+        file = run / "results.json"
+        try:
+            results = json.loads(file.read_text())["results"] if file.is_file() else {}
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{file} cannot be read: {reason(e)}; correct or remove it") from e
+    else:
+        left = read_run("", run)
+        keys, results = left.config, left.results.get("results", {})
+        taught = keys.get("MODEL.META_ARCHITECTURE") == "DistillationModel"
+        kinds = keys.get("MODEL.DISTILL.LOSSES") if taught else None
+        weights = {k: keys.get(f"MODEL.DISTILL.{k.upper()[:-4]}.WEIGHT") for k in kinds or ()}
+        names = [str(keys.get(f"MODEL.DISTILL.TEACHER.{x}")) for x in ("CONFIG_FILE", "WEIGHTS")]
+    if not weights:
+        return {}, results
+    return {
+        # Where they lay says nothing to others.
+        "taught by": " with ".join(Path(x).name for x in names if x),
+        "distillation losses": ", ".join(f"{k} (weight {w})" for k, w in weights.items()),
+    }, results
+
+
+def _metrics(results: Any) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """Dataset, task and metrics, those of single classes left out, of what may be null."""
+    for dataset, tasks in results.items() if isinstance(results, Mapping) else ():
+        for task, metrics in tasks.items() if isinstance(tasks, Mapping) else ():
+            found = metrics.items() if isinstance(metrics, Mapping) else ()
+            numbers = {k: v for k, v in found if isinstance(v, (int, float)) and "-" not in k}
+            if numbers:
+                yield dataset, task, numbers
+
+
 def _card(
     predictor: Predictor,
     run: Path,
@@ -365,22 +421,12 @@ def _card(
     }
     results = "\nThese weights were not evaluated.\n"
     if (run / "config.yaml").is_file():
-        left = read_run("", run)
-        losses = left.config.get("MODEL.DISTILL.LOSSES") or []
-        if left.config.get("MODEL.META_ARCHITECTURE") == "DistillationModel" and losses:
-            teacher = Path(str(left.config["MODEL.DISTILL.TEACHER.CONFIG_FILE"])).name
-            weights = Path(str(left.config["MODEL.DISTILL.TEACHER.WEIGHTS"])).name
-            facts["taught by"] = f"{teacher} with {weights}" if weights else teacher
-            facts["distillation losses"] = ", ".join(
-                f"{x} (weight {left.config.get(f'MODEL.DISTILL.{x.upper()[:-4]}.WEIGHT')})"
-                for x in losses
-            )
-        rows = []
-        for dataset, tasks in left.results.get("results", {}).items():
-            for task, metrics in tasks.items():
-                of_all = {k: v for k, v in metrics.items() if v is not None and "-" not in k}
-                values = ", ".join(f"{k} {v:.1f}" for k, v in of_all.items())
-                rows.append(f"| {dataset} | {task} | {values} |\n")
+        taught, left = _run_of(run, predictor.config is not None)
+        facts |= taught
+        rows = [
+            f"| {dataset} | {task} | {', '.join(f'{k} {v:.1f}' for k, v in metrics.items())} |\n"
+            for dataset, task, metrics in _metrics(left)
+        ]
         if rows and evaluated:
             head = "| dataset | task | in percent |\n|---|---|---|\n"
             results = "\n## Results\n\n" + head + "".join(rows)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,35 +14,121 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from pcka_distill.adapters import find_adapter
-from pcka_distill.build import class_names, get_distill_cfg, merge_config, student_config
+from pcka_distill.build import (
+    build_student,
+    class_names,
+    get_distill_cfg,
+    merge_config,
+    student_config,
+)
 from pcka_distill.classifier import ImageClassifier
 from pcka_distill.data.classification import ClassificationMapper
 from pcka_distill.engine import load_student
-from pcka_distill.errors import UserError
+from pcka_distill.errors import UserError, reason
+from pcka_distill.lazy import _make_student, _names, _student_node, _target
+from pcka_distill.lazy import load_config as load_lazy
 
 __all__ = ["Predictor", "load_config"]
+
+# What can be overridden beside a LazyConfig; all else is in the file.
+_BESIDE_LAZY = ("TRUST_CONFIG", "TRUST_CHECKPOINT", "MODEL.DEVICE", "INPUT.FORMAT",
+                "INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "DATASETS.TRAIN",
+                "DATASETS.TEST")  # fmt: skip
 
 
 def load_config(path: str, opts: Sequence[Any] = ()) -> CfgNode:
     """A config for use, on a CPU where it asks for a GPU that is not here.
+
+    Of a LazyConfig that a run left, it is what images, datasets and device are; its model is made
+    by :class:`.Predictor`, or with what it learned from by ``build_model``.
 
     Args:
         path: a yaml, or the name of one that ships with pcka_distill.
         opts: overrides: key, value, ...
 
     Raises:
-        UserError: no config, or keys that do not fit.
+        UserError: no config, keys that do not fit, or a LazyConfig without ``TRUST_CONFIG``.
     """
-    if os.path.isfile(path) and "_target_:" in Path(path).read_text(errors="replace"):
-        raise UserError(f"{path} is a LazyConfig, which is not read here: its run has no yaml")
-    cfg = get_distill_cfg()
-    merge_config(cfg, path, list(opts), "config file")
+    return _read(path, opts)[0]
+
+
+def _read(path: str, opts: Sequence[Any]) -> tuple[CfgNode, DictConfig | None]:
+    """A config, and of a LazyConfig the student with its test loader."""
+    if path.endswith(".py"):
+        raise UserError(
+            f"{path} is a program, and a yaml is read here: name the config.yaml that its run left "
+            "in train.output_dir"
+        )
+    is_lazy = os.path.isfile(path) and "_target_:" in Path(path).read_text(errors="replace")
+    cfg, config = get_distill_cfg(), None
+    merge_config(cfg, "" if is_lazy else path, list(opts), "config file")
+    if is_lazy:
+        try:
+            config = _read_lazy(cfg, path, list(map(str, opts[::2])))
+        except OmegaConfBaseException as e:
+            # An interpolation of a value that is not there, and the like.
+            raise UserError(f"config file {path} cannot be used: {reason(e)}") from e
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    return cfg
+    return cfg, config
+
+
+def _read_lazy(cfg: CfgNode, path: str, overridden: Sequence[str]) -> DictConfig:
+    """Into cfg what a LazyConfig says of images, datasets and device."""
+    # Reading it alone can call functions.
+    if not cfg.TRUST_CONFIG:
+        raise UserError(
+            f"{path} is a LazyConfig, which is a program; if you trust where it comes from, add "
+            "TRUST_CONFIG True to the command line"
+        )
+    for key in overridden:
+        if key not in _BESIDE_LAZY:
+            raise UserError(
+                f"{key} is no key of the LazyConfig {path}: change it in the file (overrides are "
+                f"{', '.join(_BESIDE_LAZY)})"
+            )
+    config = run = load_lazy(path)
+    beside = Path(path).parent / "config.yaml"
+    if "dataloader" not in config and beside.is_file():
+        # A run's student_config.yaml has the student alone.
+        run = load_lazy(str(beside))
+    loaders = OmegaConf.select(run, "dataloader.test")
+    loaders = list(loaders) if isinstance(loaders, ListConfig) else [loaders] if loaders else []
+    steps = OmegaConf.select(loaders[0], "mapper.augmentations") if loaders else None
+    resize: Any = steps[0] if steps is not None and len(steps) == 1 else None
+    sides = resize.short_edge_length if _target(resize) is ResizeShortestEdge else ()
+    sides = {sides} if isinstance(sides, int) else set(sides)
+    if len(sides) != 1:
+        raise UserError(
+            f"{path} does not say how test images are prepared: beside it there must be the "
+            "config.yaml of its run, and in that the mapper of dataloader.test with one "
+            "ResizeShortestEdge to one size"
+        )
+    model = copy.deepcopy(_student_node(config))
+    test = copy.deepcopy(loaders[0])
+    OmegaConf.resolve(model)
+    OmegaConf.resolve(test)
+    found = {
+        "INPUT.MIN_SIZE_TEST": sides.pop(),
+        "INPUT.MAX_SIZE_TEST": resize.get("max_size", sys.maxsize),
+        "INPUT.FORMAT": test.mapper.get("image_format"),
+        "DATASETS.TRAIN": tuple(_names(OmegaConf.select(run, "dataloader.train"))),
+        "DATASETS.TEST": tuple(x for loader in loaders for x in _names(loader)),
+        "MODEL.DEVICE": OmegaConf.select(run, "train.device"),
+        "MODEL.PIXEL_MEAN": list(model.get("pixel_mean") or ()),
+        "MODEL.PIXEL_STD": list(model.get("pixel_std") or ()),
+    }
+    known = {k: v for k, v in found.items() if v and k not in overridden}
+    merge_config(cfg, "", [x for pair in known.items() for x in pair], "config file")
+    # See LazyModel.
+    cfg.MODEL.META_ARCHITECTURE, cfg.OUTPUT_DIR = "LazyModel", str(Path(path).parent)
+    parts = {"model": model, "dataloader": {"test": test}}
+    return DictConfig(parts, flags={"allow_objects": True})
 
 
 class Predictor:
@@ -52,7 +141,10 @@ class Predictor:
     Attributes:
         classes: names, in the order of its logits; None where no dataset of ``cfg`` is known here.
         stuff: names of what is no thing, of a panoptic segmentation; None as above.
+        config: a LazyConfig of the model and its test images; None of a model of a yaml.
     """
+
+    config: DictConfig | None = None
 
     def __init__(self, cfg: CfgNode, model: nn.Module) -> None:
         self.cfg = cfg
@@ -71,21 +163,26 @@ class Predictor:
         """With all of its weights.
 
         Args:
-            config: the yaml that it was trained with, or ``student_config.yaml`` of its run.
+            config: the yaml that it was trained with, or ``student_config.yaml`` of its run. That
+                of a LazyConfig calls functions: ``TRUST_CONFIG`` must be among the overrides.
             weights: its checkpoint; empty is ``model_final.pth`` in the folder of the config.
             opts: overrides: key, value, ...
 
         Raises:
             UserError: no config, no checkpoint, or one that is not the student's.
         """
-        cfg = student_config(load_config(config, opts))
+        cfg, described = _read(config, opts)
+        cfg = student_config(cfg)
         if not weights:
             beside = Path(config).parent / "model_final.pth"
             if not beside.is_file():
                 raise UserError(f"there is no {beside}: name the student's checkpoint (--weights)")
             weights = str(beside)
         cfg.MODEL.WEIGHTS = weights
-        return cls(cfg, load_student(cfg))
+        build = functools.partial(_make_student, described) if described else build_student
+        predictor = cls(cfg, load_student(cfg, build=build))
+        predictor.config = described
+        return predictor
 
     def prepare(self, image: np.ndarray[Any, Any]) -> dict[str, Any]:
         """A model's input.
