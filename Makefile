@@ -6,6 +6,8 @@ VENV = $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 # Test processes; each runs on one thread.
 JOBS ?= 2
+# Files of tests; all if empty.
+TESTS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test lint bench docs
@@ -25,7 +27,7 @@ demo: env
 	@$(BIN)/python tools/demo.py
 
 test: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 
 lint: env
 	$(BIN)/ruff check .

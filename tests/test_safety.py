@@ -27,6 +27,7 @@ from PIL import Image
 from pcka_distill import UserError, engine, get_distill_cfg, load_teacher_weights
 from pcka_distill.build import build_teacher, merge_config
 from pcka_distill.checkpoint import SafeCheckpointer
+from pcka_distill.export import export_student
 
 # By default the same in every run; with FUZZ_CASES so many others.
 CASES = int(os.environ.get("FUZZ_CASES", "2000"))
@@ -541,3 +542,28 @@ def test_any_json_is_a_dataset_or_one_line(data, folder):
         for x in seen:
             boxes = x["instances"].gt_boxes
             assert boxes.tensor.isfinite().all() and boxes.nonempty().all()
+
+
+# ---- what is written -------------------------------------------------------------------------
+
+
+def test_an_export_stays_in_its_folder(teacher_files, tmp_path):
+    """Whatever paths its config has, and wherever the names that it writes lead."""
+    run, out = tmp_path / "run", tmp_path / "a" / "out"
+    run.mkdir()
+    out.mkdir(parents=True)
+    (tmp_path / "victim").write_text("mine")
+    for name in ("model_final.pth", "student_config.yaml", "model_card.md"):
+        (out / name).symlink_to(tmp_path / "victim")
+    cfg = digits_cfg("retinanet", "OUTPUT_DIR", "../../escaped", "MODEL.DEVICE", "cpu")
+    cfg.DATASETS.TRAIN = ("../../escaped",)
+    (run / "config.yaml").write_text(cfg.dump())
+    shutil.copy(teacher_files["retinanet"], run / "model_final.pth")
+    before = {x for x in tmp_path.rglob("*") if out not in x.parents}
+    image = np.zeros((96, 96, 3), np.uint8)
+    weights = str(run / "model_final.pth")
+    export_student(str(run / "config.yaml"), out, image, weights=weights)
+    assert {x for x in tmp_path.rglob("*") if out not in x.parents} == before
+    assert (tmp_path / "victim").read_text() == "mine"
+    written = (out / "student_config.yaml").read_text()
+    assert "OUTPUT_DIR: ./output" in written and str(tmp_path) not in written
