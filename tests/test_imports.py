@@ -46,7 +46,8 @@ ALLOWED = {
         "errors", "config", "data", "checkpoint", "teacher", "adapters", "build", "memory", "hooks",
         "preflight", "step", "meta_arch",
     },
-    "inference": {"errors", "adapters", "build", "classifier", "data", "engine"},
+    "lazy": {"errors", "adapters", "build", "data", "engine", "meta_arch"},
+    "inference": {"errors", "adapters", "build", "classifier", "data", "engine", "lazy"},
     "predict": {"errors", "tool", "checkpoint", "drawing", "inference"},
     "visualize": {
         "errors", "build", "checkpoint", "functional", "losses", "recorder", "meta_arch", "engine",
@@ -54,7 +55,6 @@ ALLOWED = {
     },
     "report": {"errors", "checkpoint", "drawing", "visualize"},
     "export": {"errors", "checkpoint", "classifier", "engine", "inference", "report"},
-    "lazy": {"errors", "adapters", "build", "data", "engine", "meta_arch"},
     "bench": {"errors", "build"},
     "demo": {"bench", "visualize"},
     "compare": {"errors", "teacher", "build", "bench"},

@@ -48,6 +48,7 @@ __all__ = [
     "fcka_loss",
     "full_precision",
     "linear_cka",
+    "own_cells",
     "patch_counts",
     "pcka_loss",
     "pool_places",
@@ -298,18 +299,22 @@ def without_padding(x: Tensor, extents: Sequence[tuple[int, int]], fill: str = "
     if all(extent == x.shape[-2:] for extent in extents):
         return x
     parts = [image[:, :h, :w] for image, (h, w) in zip(x.detach(), extents)]
-    values: list[Tensor | float] = [0.0] * len(x)
+    value = x.new_zeros(())
     if fill == "image":
-        values = [part.mean((1, 2))[:, None, None] for part in parts]
+        value = torch.stack([part.mean((1, 2)) for part in parts])[..., None, None]
     elif fill == "batch":
-        count = sum(h * w for h, w in extents)
         total = torch.stack([widen(part).sum((1, 2)) for part in parts]).sum(0)
-        values = [(total / count).to(x.dtype)[:, None, None]] * len(x)
-    x = x.clone()
-    for i, ((h, w), value) in enumerate(zip(extents, values)):
-        x[i, :, h:] = value
-        x[i, :, :h, w:] = value
-    return x
+        value = (total / sum(h * w for h, w in extents)).to(x.dtype)[:, None, None]
+    return torch.where(own_cells(extents, x.device)[:, None], x, value)
+
+
+def own_cells(extents: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """(B, H, W), False where :func:`without_padding` fills."""
+    rows, columns = torch.tensor(extents, device=device).unbind(1)
+    row, column = (
+        torch.arange(int(side), device=device) for side in (max(x) for x in zip(*extents))
+    )
+    return (row[:, None] < rows[:, None, None]) & (column < columns[:, None, None])
 
 
 def patch_counts(shape: Sequence[int], patch_size: int, layout: str) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from fvcore.nn.weight_init import c2_xavier_fill
 from torch import Tensor, nn
 
 from pcka_distill.errors import UserError
-from pcka_distill.functional import without_padding
+from pcka_distill.functional import own_cells, without_padding
 from pcka_distill.pairing import LevelPair
 from pcka_distill.structures import Taps
 
@@ -329,13 +329,11 @@ def _own_pixels(
     """Logits (B, h, w, K), and what is known of their pixels (B, h, w), without the padding."""
     x, y = (without_padding(z.movedim(-1, 1), extents).movedim(1, -1) for z in (x, y))
     rows, columns = y.shape[1:3]
-    if any(extent != (rows, columns) for extent in extents):
-        own = torch.zeros_like(y[..., 0], dtype=torch.bool)
-        for image, (h, w) in zip(own, extents):
-            image[:h, :w] = True
-        kept = own if kept is None else kept[:, :rows, :columns] & own
-    elif kept is not None:
+    if kept is not None:
         kept = kept[:, :rows, :columns]
+    if any(extent != (rows, columns) for extent in extents):
+        own = own_cells(extents, y.device)
+        kept = own if kept is None else kept & own
     return x, y, kept, None if labels is None else labels[:, :rows, :columns]
 
 
