@@ -1,9 +1,11 @@
 """What is exported is the student, wherever it is taken."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import onnxruntime
@@ -16,6 +18,7 @@ from detectron2.modeling import build_model
 from helpers import REPO, assert_one_line, digits_cfg, distill_cfg, student_yaml
 from omegaconf import DictConfig
 from PIL import Image
+from torch.jit._trace import TracerWarning
 
 from pcka_distill import UserError, export
 from pcka_distill.inference import Predictor
@@ -227,6 +230,83 @@ def test_an_average_of_the_weights(run, tmp_path):
     torch.save(content, path / "model_final.pth")
     with pytest.raises(UserError, match=r"'ema' of .* is not the student's"):
         export.export_student(config, tmp_path / "out", noise(), key="ema")
+
+
+def test_an_earlier_export_is_removed(run, tmp_path):
+    """What was made of other weights would pass for one of these."""
+    path, out = run("fcos"), tmp_path / "out"
+    out.mkdir()
+    for name in ("model.ts", "model.onnx", "model_card.md", "notes.txt"):
+        (out / name).write_text("of another model")
+    export.export_student(str(path / "config.yaml"), out, noise())
+    assert sorted(x.name for x in out.iterdir()) == [
+        "model_card.md", "model_final.pth", "notes.txt", "student_config.yaml",
+    ]  # fmt: skip
+
+
+# It finds nothing in noise.
+BLIND = ("MODEL.FCOS.SCORE_THRESH_TEST", 0.999)
+
+
+def test_graphs_are_compared_on_something(run, tmp_path):
+    path, out = run("fcos"), tmp_path / "out"
+    with pytest.raises(
+        UserError, match=r"finds no object in the picture.* name another with --ima"
+    ):
+        export.export_student(str(path / "config.yaml"), out, noise(), formats=["onnx"], opts=BLIND)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("opts", "what"), [((), "predictions"), (BLIND, "weights")])
+def test_a_checkpoint_is_compared_on_something(opts, what, run, tmp_path, monkeypatch):
+    config, out = str(run("fcos") / "config.yaml"), tmp_path / "out"
+    lines = export.export_student(config, out, noise(), opts=opts)
+    assert f"gives the same {what}, bit for bit" in lines[0]
+    save = torch.save
+
+    def other(content, file):
+        save({"model": {k: v + 1 for k, v in content["model"].items()}}, file)
+
+    monkeypatch.setattr(torch, "save", other)
+    with pytest.raises(UserError, match="does not give the student's predictions again"):
+        export.export_student(config, out, noise(), opts=opts)
+
+
+def test_tracing_is_quiet(run, tmp_path, monkeypatch, recwarn):
+    """It is torch's to warn, and to trace a second time: here the graph itself is compared."""
+    asked = []
+
+    def trace(adapter, inputs, **options):
+        asked.append(options)
+        warnings.warn("\nThere are 2 live references to the data", TracerWarning, stacklevel=1)
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(torch.jit, "trace", trace)
+    with pytest.raises(UserError, match="FCOS cannot be exported as torchscript: no such operator"):
+        export.export_student(
+            str(run("fcos") / "config.yaml"), tmp_path / "out", noise(), formats=["torchscript"]
+        )
+    assert asked == [{"check_trace": False}]
+    assert not [x for x in recwarn.list if issubclass(x.category, TracerWarning)]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_on_a_terminal(terminal, run, tmp_path, monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(shown, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(sys, "stderr", shown)
+    export.export_student(str(run("fcos") / "config.yaml"), tmp_path / "out", noise())
+    assert ("export checkpoint" in shown.getvalue()) == terminal
+
+
+@pytest.mark.parametrize(
+    ("expected", "found"), [((1000, 999), (1000, 1000)), ((True, False), (True, True))]
+)
+def test_whole_numbers_are_equal(expected, found, tmp_path):
+    expected, found = torch.tensor(expected), torch.tensor(found)
+    assert export._compare([expected], [expected], tmp_path) == 0
+    with pytest.raises(UserError, match=r"says something else.* 1 of 2 whole numbers are others"):
+        export._compare([expected], [found], tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from detectron2.data.detection_utils import read_image
 from detectron2.export import TracingAdapter
 from detectron2.modeling import GeneralizedRCNN
 from torch import Tensor, nn
+from torch.jit._trace import TracerWarning
+from tqdm import tqdm
 
 from pcka_distill.checkpoint import read_checkpoint, write_whole
 from pcka_distill.classifier import ImageClassifier
@@ -38,8 +40,6 @@ _SHORT = 300
 # Of torch's tracers, about its own ways and about sizes that are constants of a graph.
 _TRACERS = (
     ".*deprecated",
-    ".*might cause the trace to be incorrect",
-    ".*results are registered as constants",
     ".*legacy TorchScript-based ONNX export",
     "The feature will be removed",
     "Constant folding",
@@ -48,6 +48,8 @@ _TRACERS = (
 # Overrides by which nothing of a model is another.
 _NO_CHANGE = {"TRUST_CONFIG", "TRUST_CHECKPOINT", "MODEL.DEVICE"}
 _FILES = {"torchscript": "model.ts", "onnx": "model.onnx"}
+# All that an export writes.
+_WRITTEN = ("model_final.pth", "student_config.yaml", "model_card.md", *_FILES.values())
 
 Image = np.ndarray[Any, Any]
 
@@ -119,11 +121,12 @@ def export_student(
     """Write a student into a folder: checkpoint, config, model card, and perhaps graphs of it.
 
     The folder is complete: it names no other, and is what ``tools/predict.py`` takes. All that is
-    written is read again and compared with the model it came from.
+    written is read again and compared with the model it came from. Files of an earlier export are
+    removed first.
 
     Args:
         config, weights, opts: see :meth:`.Predictor.load`.
-        folder: is made; what is in it under the same names is replaced.
+        folder: is made.
         image: (H, W, 3), uint8, RGB: on which the written models are compared with the student.
         key: of the checkpoint, whose weights to take; see :func:`load_averaged`.
         half: write weights in half precision.
@@ -134,7 +137,8 @@ def export_student(
         what was written and how it compared, a line each.
 
     Raises:
-        UserError: no checkpoint, a model that cannot be exported, or one that came out different.
+        UserError: no checkpoint, a model that cannot be exported, one that came out different, or a
+            picture in which it finds nothing to compare.
     """
     for taken in {Path(config).resolve().parent, Path(weights or config).resolve().parent}:
         if folder.resolve() == taken or (folder / "last_checkpoint").exists():
@@ -142,13 +146,20 @@ def export_student(
     predictor = Predictor.load(config, weights, [*opts, "MODEL.DEVICE", "cpu"])
     if key != "model":
         load_averaged(predictor.cfg, predictor.model, key)
+    if formats:
+        _check_traced(predictor, image)
     lines = []
+    steps = tqdm(total=1 + len(formats), unit="file", disable=None, leave=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Of an earlier export.
-        (folder / "model_card.md").unlink(missing_ok=True)
+        for name in _WRITTEN:
+            # A graph of other weights would pass for one of these.
+            (folder / name).unlink(missing_ok=True)
+        steps.set_description("export checkpoint")
         lines.append(_write_checkpoint(predictor, folder, image, half))
         for kind in formats:
+            steps.update()
+            steps.set_description(f"export {kind}")
             lines.append(_trace(predictor, image, folder, kind))
         final = Path(config).resolve().parent / "model_final.pth"
         changed = set(map(str, opts[::2])) - _NO_CHANGE
@@ -158,6 +169,8 @@ def export_student(
         write_whole(folder / "model_card.md", lambda f: f.write(card.encode()))
     except OSError as e:
         raise UserError(f"{folder} cannot be written: {reason(e)}; change --out") from e
+    finally:
+        steps.close()
     return lines
 
 
@@ -185,11 +198,15 @@ def _write_checkpoint(predictor: Predictor, folder: Path, image: Image, half: bo
             raise UserError("the weights do not fit into half precision; leave out --half")
         how = f"weights differ by up to {differ:.1e} of a tensor's largest"
     else:
-        expected, _ = _flat_outputs(predictor.model, predictor.prepare(image))
+        expected, names = _flat_outputs(predictor.model, predictor.prepare(image))
         found, _ = _flat_outputs(again.model, again.prepare(image))
-        if not all(torch.equal(x, y) for x, y in zip(expected, found)):
+        # Of an image without objects the predictions are equal whatever the weights are.
+        same = again.model.state_dict()
+        pairs = [*zip(expected, found), *((v, same[k]) for k, v in state.items())]
+        if not all(torch.equal(x, y) for x, y in pairs):
             raise UserError("the checkpoint does not give the student's predictions again")
-        how = "gives the same predictions, bit for bit"
+        nothing = _count(expected, names) == 0
+        how = f"gives the same {'weights' if nothing else 'predictions'}, bit for bit"
     return f"{path.name}, {_megabytes(path)}: {how}"
 
 
@@ -235,11 +252,26 @@ def _flat_outputs(model: nn.Module, prepared: dict[str, Any]) -> tuple[list[Tens
     return outputs, names
 
 
+def _count(outputs: Sequence[Tensor], names: Sequence[str]) -> int | None:
+    """Objects that were found; None of a model that finds none."""
+    return len(outputs[names.index("pred_boxes")]) if "pred_boxes" in names else None
+
+
+def _check_traced(predictor: Predictor, image: Image) -> None:
+    """Refuse what is known to fail before anything is written."""
+    kind = type(predictor.model).__name__
+    if kind == "PanopticFPN":
+        raise UserError("Detectron2's exporter knows no PanopticFPN; leave out --formats")
+    if _count(*_flat_outputs(predictor.model, predictor.prepare(image))) == 0:
+        raise UserError(
+            f"the {kind} finds no object in the picture, on which a graph could be compared with "
+            "it; name another with --image, or leave out --formats"
+        )
+
+
 def _trace(predictor: Predictor, image: Image, folder: Path, kind: str) -> str:
     """By Detectron2's exporter; compared on the image, and on it in another size."""
     model = predictor.model
-    if type(model).__name__ == "PanopticFPN":
-        raise UserError("Detectron2's exporter knows no PanopticFPN; leave out --formats")
     prepared = predictor.prepare(image)
     adapter = _adapter(model, prepared)
     outputs, names = _flat_outputs(model, prepared)
@@ -249,11 +281,14 @@ def _trace(predictor: Predictor, image: Image, folder: Path, kind: str) -> str:
     quiet = contextlib.redirect_stdout(io.StringIO())
     with warnings.catch_warnings(), torch.no_grad(), quiet:
         # That sizes and counts of this image are in the graph: it is compared with another one.
+        warnings.simplefilter("ignore", TracerWarning)
         for text in _TRACERS:
             warnings.filterwarnings("ignore", message=text)
         try:
             if kind == "torchscript":
-                torch.jit.save(torch.jit.trace(adapter, adapter.flattened_inputs), data)
+                # Torch's own check is left out: it runs the model twice, on the same image.
+                graph = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
+                torch.jit.save(graph, data)
             else:
                 _to_onnx(adapter, data, names)
         except UserError:
@@ -268,24 +303,26 @@ def _trace(predictor: Predictor, image: Image, folder: Path, kind: str) -> str:
         unproven.write_bytes(data.getvalue())
         run = _runner(unproven, kind)
     worst = _compare(outputs, run(prepared["image"]), path)
-    sizes = [tuple(prepared["image"].shape[1:])]
-    if "scores" in names and "pred_classes" not in names:
-        sizes = sizes[:1]
-    else:
+    seen = [_size(prepared["image"], _count(outputs, names))]
+    # A classifier has one size.
+    if "scores" not in names or "pred_classes" in names:
         other = nn.functional.interpolate(
             prepared["image"][None].float(), scale_factor=0.75, mode="bilinear"
         )[0].to(prepared["image"].dtype)
         expected, _ = _flat_outputs(model, {"image": other})
         worst = max(worst, _compare(expected, run(other), path))
-        sizes.append(tuple(other.shape[1:]))
+        seen.append(_size(other, _count(expected, names)))
     write_whole(path, lambda f: f.write(data.getvalue()))
-    seen = " and ".join(f"{h} x {w}" for h, w in sizes)
-    objects = f", {len(outputs[0])} objects" if "pred_boxes" in names else ""
     return (
         f"{path.name}, {_megabytes(path)}: image (3, H, W) {adapter.flattened_inputs[0].dtype} -> "
         f"{', '.join(names)}; differs from the student by up to {worst:.1e} of the largest value, "
-        f"on images of {seen}{objects}"
+        f"on images of {' and '.join(seen)}"
     )
+
+
+def _size(image: Tensor, count: int | None) -> str:
+    objects = "" if count is None else f" ({count} objects)"
+    return f"{image.shape[1]} x {image.shape[2]}{objects}"
 
 
 def _to_onnx(adapter: TracingAdapter, data: Any, names: list[str]) -> None:
@@ -328,7 +365,7 @@ def _runner(path: Path, kind: str) -> Callable[[Tensor], list[Tensor]]:
 
 
 def _compare(expected: Sequence[Tensor], found: Sequence[Tensor], path: Path) -> float:
-    """The largest difference, relative to the largest value of a tensor."""
+    """The largest difference of real numbers, relative to the largest value of a tensor."""
     worst = 0.0
     if len(expected) != len(found):
         raise UserError(f"{path} says something else than the student: {len(found)} tensors")
@@ -338,7 +375,14 @@ def _compare(expected: Sequence[Tensor], found: Sequence[Tensor], path: Path) ->
                 f"{path} says something else than the student: {tuple(y.shape)} instead of "
                 f"{tuple(x.shape)}"
             )
-        if x.numel():
+        if not x.is_floating_point():
+            # Classes and sizes: none of them is nearly another.
+            if (x != y).any():
+                raise UserError(
+                    f"{path} says something else than the student: {int((x != y).sum())} of "
+                    f"{x.numel()} whole numbers are others"
+                )
+        elif x.numel():
             x, y = x.double(), y.double()
             differ = ((x - y).abs().max() / x.abs().max().clamp(min=1e-12)).item()
             # Also where it is not a number.
