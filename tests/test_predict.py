@@ -17,7 +17,7 @@ from pcka_distill import UserError, get_distill_cfg
 from pcka_distill.build import build_registered
 from pcka_distill.drawing import _right, draw_output
 from pcka_distill.inference import Predictor
-from pcka_distill.predict import check_folder, describe, find_inputs, predict
+from pcka_distill.predict import check_folder, cli, describe, find_inputs, predict
 
 # A random model is sure of nothing.
 EAGER = ("MODEL.RETINANET.SCORE_THRESH_TEST", 0.0, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
@@ -74,7 +74,7 @@ def test_stuff_has_its_own_names():
 
 def test_files_folders_and_patterns(pictures):
     a, b = pictures / "a.png", pictures / "below" / "b.JPG"
-    assert [str(y) for _, y in find_inputs([str(pictures)])] == ["a.png", "below/b.JPG"]
+    assert [str(y) for _, y in find_inputs([str(pictures)])] == ["a.jpg", "below/b.jpg"]
     assert [x for x, _ in find_inputs([str(pictures / "*.png"), str(a), str(b)])] == [a, b]
     assert [x for x, _ in find_inputs([str(pictures / "**" / "*.JPG")])] == [b]
 
@@ -85,17 +85,36 @@ def test_files_folders_and_patterns(pictures):
         ("nothing/*.jpg", "no pictures or videos in 'nothing/\\*.jpg'"),
         ("gone.png", "no pictures or videos in 'gone.png'"),
         ("notes.txt", "is no picture or video"),
-        ("twins", "the same name"),
+        ("twins*", "twins/x.png and twins_too/x.png would have the same name"),
     ],
 )
 def test_inputs_that_are_none(pattern, message, pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("")
-    (tmp_path / "twins").mkdir()
-    for name in ("x.png", "x.jpg"):
-        Image.new("RGB", (8, 8)).save(tmp_path / "twins" / name)
+    for name in ("twins", "twins_too"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "x.png")
     with pytest.raises(UserError, match=message):
         find_inputs([pattern])
+
+
+def test_names_are_told_apart(teacher_files, tmp_path):
+    """A photo and the clip of the same moment are no clash; two kinds of a picture keep both."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    names = ("IMG_1.JPG", "a.jpg", "a.png", "b.png")
+    for i, name in enumerate(names):
+        Image.new("RGB", (96, 96), (60 * i,) * 3).save(folder / name)
+    write_video(folder / "IMG_1.MOV", np.zeros((2, 96, 96, 3), np.uint8))
+    inputs = find_inputs([str(folder)])
+    drawn = ["IMG_1.jpg", "IMG_1.mp4", "a.jpg.jpg", "a.png.jpg", "b.jpg"]
+    assert [str(name) for _, name in inputs] == drawn
+    predictor = Predictor.load(str(student_yaml("fcos")), teacher_files["fcos"])
+    predict(predictor, inputs, tmp_path / "out", 0.5)
+    assert sorted(x.name for x in (tmp_path / "out").iterdir()) == [*drawn, "predictions.json"]
+    (folder / "a.png.jpg").write_bytes((folder / "a.png").read_bytes())
+    with pytest.raises(UserError, match=r"a.png and .*a.png.jpg would have the same name"):
+        find_inputs([str(folder)])
 
 
 @pytest.mark.parametrize(
@@ -183,13 +202,80 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_done(pictures, teacher_fil
         predict(predictor, find_inputs([str(tmp_path / "half.png")]), tmp_path / "out", 0.5)
 
 
-def test_a_video(teacher_files, tmp_path):
-    frames = np.random.default_rng(0).integers(0, 256, (3, 98, 122, 3), np.uint8)
-    clip = tmp_path / "clip.avi"
-    writer = cv2.VideoWriter(str(clip), cv2.VideoWriter.fourcc(*"MJPG"), 5, (122, 98))
+def write_video(path, frames):
+    """In a codec that every OpenCV has; its container is not the name's."""
+    clip = path.with_suffix(".avi")
+    size = frames.shape[2], frames.shape[1]
+    writer = cv2.VideoWriter(str(clip), cv2.VideoWriter.fourcc(*"MJPG"), 5, size)
     for frame in frames:
         writer.write(frame)
     writer.release()
+    clip.rename(path)
+
+
+class Stops:
+    """A predictor whose user presses Ctrl-C after some calls."""
+
+    classes, stuff = None, None
+
+    def __init__(self, predictor, calls):
+        self.predictor, self.calls = predictor, calls
+
+    def __call__(self, image):
+        if not self.calls:
+            raise KeyboardInterrupt
+        self.calls -= 1
+        return self.predictor(image)
+
+
+def test_what_is_interrupted_is_told_from_what_is_done(pictures, teacher_files, tmp_path):
+    clip, out = tmp_path / "clip.avi", tmp_path / "out"
+    write_video(clip, np.zeros((3, 96, 96, 3), np.uint8))
+    predictor = Predictor.load(str(student_yaml("fcos")), teacher_files["fcos"])
+    inputs = find_inputs([str(pictures / "a.png"), str(clip), str(pictures / "below")])
+    with pytest.raises(KeyboardInterrupt, match=r"out/predictions.json has 1 of 3 files"):
+        predict(Stops(predictor, 2), inputs, out, 0.5)
+    # Nothing that looks like a video.
+    assert sorted(x.name for x in out.rglob("*")) == ["a.jpg", "predictions.json"]
+    content = json.loads((out / "predictions.json").read_text())
+    assert [x["file"] for x in content["files"]] == [str(pictures / "a.png")]
+    assert content["not_done"] == [str(clip), str(pictures / "below" / "b.JPG")]
+    with pytest.raises(KeyboardInterrupt, match="has 0 of 3 files"):
+        predict(Stops(predictor, 0), inputs, tmp_path / "other", 0.5)
+    assert "not_done" not in predict(predictor, inputs, out, 0.5)
+    assert (out / "clip.mp4").is_file()
+
+
+def test_ctrl_c_is_one_line(pictures, teacher_files, tmp_path, monkeypatch):
+    def load(*_):
+        return Stops(None, 0)
+
+    monkeypatch.setattr(Predictor, "load", load)
+    args = [str(pictures), "--config", "a.yaml", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["predict", *args])
+    with pytest.raises(SystemExit) as e:
+        cli()
+    assert e.value.code == f"\ninterrupted; {tmp_path}/out/predictions.json has 0 of 2 files"
+    monkeypatch.setattr(sys, "argv", ["predict", "--debug", *args])
+    with pytest.raises(KeyboardInterrupt):
+        cli()
+
+
+def test_a_video_that_cannot_be_read_is_one_line(teacher_files, tmp_path):
+    """FFmpeg has its own to say of it, which says less."""
+    (tmp_path / "no.mp4").write_bytes(b"no video" * 100)
+    done = tool(
+        tmp_path / "no.mp4", "--config", student_yaml("fcos"), "--weights", teacher_files["fcos"],
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert_one_line(done, "none of the files can be read: .*no.mp4")
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_video(teacher_files, tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (3, 98, 122, 3), np.uint8)
+    clip = tmp_path / "clip.avi"
+    write_video(clip, frames)
     predictor = Predictor.load(str(student_yaml("fcos")), teacher_files["fcos"], list(EAGER))
     content = predict(predictor, find_inputs([str(clip)]), tmp_path / "out", 0.0)
     (entry,) = content["files"]

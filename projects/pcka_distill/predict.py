@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
 import importlib.util
 import json
 import os
+import sys
+import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +41,8 @@ HELP = """What a trained student finds: pictures with boxes, and a json.
 
 Takes pictures, folders, patterns and videos, and detectors, segmentation and classifiers. In the
 output folder each input has a picture (or a video) of its name, and predictions.json has for each
-what was found: boxes are [x, y, width, height] in pixels, masks are COCO's compressed RLE.
+what was found: boxes are [x, y, width, height] in pixels, masks are COCO's compressed RLE. Where a
+folder has an a.jpg and an a.png, they are drawn as a.jpg.jpg and a.png.jpg.
 """
 
 
@@ -48,7 +53,8 @@ def find_inputs(patterns: Sequence[str]) -> list[tuple[Path, Path]]:
         patterns: files, folders (with all below them), glob patterns.
 
     Returns:
-        path -> what to call it below the output folder, in order and without repetition.
+        path -> what to call its picture or video below the output folder, in order and without
+        repetition. Those that would have the same name keep their own ending in it.
 
     Raises:
         UserError: one that matches nothing, or two inputs that would have the same name.
@@ -74,16 +80,21 @@ def find_inputs(patterns: Sequence[str]) -> list[tuple[Path, Path]]:
             if path.suffix.lower() not in known:
                 raise UserError(f"{path} is no picture or video: expected {' '.join(known)}")
             found.setdefault(path, name)
-    names: dict[Path, Path] = {}
-    for path, name in found.items():
-        # A photo.jpg and a photo.png would both be drawn as photo.jpg.
-        other = names.setdefault(name.with_suffix(""), path)
+    endings = {x: ".mp4" if x.suffix.lower() in VIDEOS else ".jpg" for x in found}
+    names = {path: name.with_suffix(endings[path]) for path, name in found.items()}
+    taken = Counter(names.values())
+    owners: dict[Path, Path] = {}
+    for path, name in names.items():
+        if taken[name] > 1:
+            # Of a photo.jpg and a photo.png.
+            names[path] = name = name.with_name(path.name + endings[path])
+        other = owners.setdefault(name, path)
         if other != path:
             raise UserError(
                 f"{other} and {path} would have the same name in the output folder; give each "
                 "folder a run of its own"
             )
-    return list(found.items())
+    return list(names.items())
 
 
 def check_folder(patterns: Sequence[str], inputs: Sequence[tuple[Path, Path]], out: Path) -> None:
@@ -158,7 +169,8 @@ def predict(
     Args:
         predictor: a trained student.
         inputs: of :func:`find_inputs`.
-        folder: pictures and ``predictions.json`` are written into it.
+        folder: pictures and ``predictions.json`` are written into it, the latter also of what is
+            done when it is interrupted.
         score: what is scored lower is left out.
 
     Returns:
@@ -166,30 +178,42 @@ def predict(
 
     Raises:
         UserError: nothing could be read, or the folder cannot be written.
+        KeyboardInterrupt: Ctrl-C; it says what was done.
     """
     entries: list[dict[str, Any]] = []
     unreadable: list[str] = []
+    content: dict[str, Any] = {"classes": predictor.classes, "score": score, "files": entries}
+    content["unreadable"] = unreadable
     try:
-        for path, name in tqdm(inputs, desc="predict", unit="file", disable=None):
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix.lower() in VIDEOS:
-                entry = _video(predictor, path, target.with_suffix(".mp4"), score)
-            else:
-                entry = _picture(predictor, path, target.with_suffix(".jpg"), score)
-            if entry is None:
-                unreadable.append(str(path))
-            else:
-                entries.append({"file": str(path), **entry})
+        try:
+            for path, name in tqdm(inputs, desc="predict", unit="file", disable=None):
+                target = folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                draw = _video if path.suffix.lower() in VIDEOS else _picture
+                entry = draw(predictor, path, target, score)
+                if entry is None:
+                    unreadable.append(str(path))
+                else:
+                    entries.append({"file": str(path), **entry})
+        except KeyboardInterrupt as e:
+            done = len(entries) + len(unreadable)
+            content["not_done"] = [str(path) for path, _ in inputs[done:]]
+            _write_json(folder, content)
+            raise KeyboardInterrupt(
+                f"{folder}/predictions.json has {len(entries)} of {len(inputs)} files"
+            ) from e
         if not entries:
             raise UserError(f"none of the files can be read: {', '.join(unreadable[:4])}")
-        content = {"classes": predictor.classes, "score": score, "files": entries}
-        content["unreadable"] = unreadable
-        text = json.dumps(content, indent=1)
-        write_whole(folder / "predictions.json", lambda f: f.write(text.encode()))
+        _write_json(folder, content)
     except OSError as e:
         raise UserError(f"{folder} cannot be written: {reason(e)}; change --out") from e
     return content
+
+
+def _write_json(folder: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=1)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "predictions.json", lambda f: f.write(text.encode()))
 
 
 def _picture(predictor: Predictor, path: Path, target: Path, score: float) -> dict[str, Any] | None:
@@ -227,6 +251,18 @@ def _frames(path: Path) -> Iterator[tuple[np.ndarray[Any, Any], float, int]]:
 
 
 def _video(predictor: Predictor, path: Path, target: Path, score: float) -> dict[str, Any] | None:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial") as temporary:
+        # It has its name when it is whole: half of a video looks like one.
+        unfinished = Path(temporary, target.name)
+        entry = _draw_video(predictor, path, unfinished, score)
+        if entry is not None:
+            os.replace(unfinished, target)
+    return entry
+
+
+def _draw_video(
+    predictor: Predictor, path: Path, target: Path, score: float
+) -> dict[str, Any] | None:
     import cv2
 
     writer: Any = None
@@ -243,7 +279,7 @@ def _video(predictor: Predictor, path: Path, target: Path, score: float) -> dict
                 size = drawn.shape[1] // 2 * 2, drawn.shape[0] // 2 * 2
                 writer = cv2.VideoWriter(str(target), cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
                 if not writer.isOpened():
-                    raise UserError(f"{target} cannot be written as a video: change --out")
+                    raise UserError(f"{target.name} cannot be written as a video; change --out")
                 entry = {"height": frame.shape[0], "width": frame.shape[1], "frames_a_second": rate}
                 # Of a file that breaks off there are fewer.
                 entry["frames_announced"] = count
@@ -257,13 +293,29 @@ def _video(predictor: Predictor, path: Path, target: Path, score: float) -> dict
     return {**entry, "frames": entries} if entries else None
 
 
+def _quiet_opencv() -> None:
+    """What is wrong with a video is said here, and not by OpenCV and its FFmpeg as well."""
+    # Read when the first video is opened.
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    with contextlib.suppress(ImportError, AttributeError):
+        from cv2.utils import logging
+
+        logging.setLogLevel(logging.LOG_LEVEL_SILENT)
+
+
 def _main(args: argparse.Namespace) -> None:
+    _quiet_opencv()
     if not 0 <= args.score <= 1:
         raise UserError(f"--score is {args.score}; it must be from 0 to 1")
     inputs = find_inputs(args.inputs)
     check_folder(args.inputs, inputs, args.out)
     predictor = Predictor.load(args.config_file, args.weights, args.opts)
-    content = predict(predictor, inputs, args.out, args.score)
+    try:
+        content = predict(predictor, inputs, args.out, args.score)
+    except KeyboardInterrupt as e:
+        if args.debug:
+            raise
+        sys.exit(f"\ninterrupted; {e}")
     for path in content["unreadable"]:
         print(f"warning: {path} cannot be read and was left out")
     for entry in content["files"]:
