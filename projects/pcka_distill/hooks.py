@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from pcka_distill.drawing import Row, detection_grid, picture_of, truth_of
+from pcka_distill.drawing import Image, Row, detection_grid, picture_of, truth_of
 from pcka_distill.errors import UserError
 
 __all__ = [
@@ -96,6 +96,8 @@ class ProgressBar(HookBase):
 class DetectionPictures(HookBase):
     """The first images of a test set, with the truth and what is detected, for TensorBoard.
 
+    Those that cannot be read are left out, and named once: they are no reason to end a training.
+
     Args:
         period: in iterations.
         models: title -> a detector; each is in evaluation mode while it is asked.
@@ -120,23 +122,38 @@ class DetectionPictures(HookBase):
         self._inputs = inputs
         self._names = names
         self._score = score
+        self._unreadable: set[int] = set()
 
     def after_step(self) -> None:
         next_iter = self.trainer.iter + 1
         if next_iter % self._period and next_iter != self.trainer.max_iter:
             return
-        images = [picture_of(x) for x in self._records]
+        images = self._read()
+        if not images:
+            return
         rows = [Row("truth", None)]
         for title, model in self._models.items():
             with inference_context(model), torch.no_grad():
-                found = [model([x])[0]["instances"].to("cpu") for x in self._inputs]
+                found = [model([self._inputs[i]])[0]["instances"].to("cpu") for i in images]
             rows.append(Row(title, [x[x.scores >= self._score] for x in found]))
-        truth = [truth_of(x) for x in self._records]
+        truth = [truth_of(self._records[i]) for i in images]
         caption = f"scores above {self._score}: green boxes are right, red ones are wrong"
-        figure = detection_grid(images, truth, rows, self._names, caption)
+        figure = detection_grid(list(images.values()), truth, rows, self._names, caption)
         figure.canvas.draw()
         pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]
         self.trainer.storage.put_image("detections", pixels.transpose(2, 0, 1))
+
+    def _read(self) -> dict[int, Image]:
+        """Index -> picture (H, W, 3), of those that can be read."""
+        images = {}
+        for i, record in enumerate(self._records):
+            try:
+                images[i] = picture_of(record)
+            except UserError as e:
+                if i not in self._unreadable:
+                    logger.warning(f"Not drawn: {e}")
+                self._unreadable.add(i)
+        return images
 
 
 class RunState(HookBase):
