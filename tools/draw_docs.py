@@ -7,11 +7,13 @@ Results on the digits' test images, and how alike the features of teacher and st
 """
 
 import argparse
+import shutil
+import tempfile
 from pathlib import Path
 
 from pcka_distill.inference import load_config
 from pcka_distill.tool import run_tool, tool_parser
-from pcka_distill.visualize import draw_cka, draw_results
+from pcka_distill.visualize import check_target, draw_cka, draw_results
 
 
 def main(args: argparse.Namespace) -> None:
@@ -21,9 +23,12 @@ def main(args: argparse.Namespace) -> None:
     weights = ["MODEL.DISTILL.TEACHER.WEIGHTS", str(teacher / "model_final.pth")]
     cfg = load_config(str(args.demo / "distilled" / "config.yaml"), weights)
     students = {"as training begins": "", "alone": alone, "taught": taught}
-    draw_cka(cfg, students, "digits_test", args.out, args.images)
-    # Numbers, for programs.
-    (args.out / "cka.json").unlink()
+    check_target(args.out / "results.png")
+    with tempfile.TemporaryDirectory() as folder:
+        draw_cka(cfg, students, "digits_test", Path(folder), args.images)
+        # Not the numbers, which are for programs.
+        for picture in Path(folder).glob("*.png"):
+            shutil.copyfile(picture, args.out / picture.name)
     runs = {"teacher": str(teacher), "alone": alone, "taught": taught}
     draw_results(args.out / "results.png", "digits_test", runs, images=6, score=0.4)
     print(args.out)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How alike the features of a teacher and its students are, in pictures.
+r"""How alike the features of a teacher and its students are, in pictures.
 
     python tools/visualize_cka.py --config-file configs/Digits/retinanet_pcka_kd.yaml \
         --students alone=output/demo/plain taught=output/demo/distilled --out output/cka \
@@ -35,7 +35,9 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = tool_parser(__doc__)
     parser.add_argument("--config-file", required=True, help="of a distillation")
-    parser.add_argument("--students", nargs="+", required=True, metavar="TITLE=PATH")
+    parser.add_argument(
+        "--students", nargs="+", required=True, metavar="TITLE=PATH", help="see above"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
     parser.add_argument("--dataset", default="", help="default: the first of DATASETS.TEST")
     parser.add_argument("--images", type=int, default=64, help="how many of it; default 64")

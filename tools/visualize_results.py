@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The truth, and what each student of some runs detects, on the first images of a dataset.
+r"""The truth, and what each student of some runs detects, on the first images of a dataset.
 
     python tools/visualize_results.py --out results.png --dataset digits_test \
         --runs teacher=output/demo/teacher alone=output/demo/plain taught=output/demo/distilled
@@ -26,9 +26,13 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = tool_parser(__doc__)
-    parser.add_argument("--runs", nargs="+", required=True, metavar="TITLE=OUTPUT_DIR")
+    parser.add_argument(
+        "--runs", nargs="+", required=True, metavar="TITLE=OUTPUT_DIR", help="that have ended"
+    )
     parser.add_argument("--dataset", required=True, help="with boxes, registered")
-    parser.add_argument("--out", type=Path, required=True, help="picture to write")
-    parser.add_argument("--images", type=int, default=6, help="default: 6")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="picture to write: a .png, .jpg, .pdf, ..."
+    )
+    parser.add_argument("--images", type=int, default=6, help="how many; default 6, at most 24")
     parser.add_argument("--score", type=float, default=0.4, help="threshold; default 0.4")
     run_tool(parser, main)

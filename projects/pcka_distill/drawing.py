@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ __all__ = [
     "draw_output",
     "figure_of",
     "picture_of",
-    "save_figure",
+    "place_labels",
     "truth_of",
 ]
 
@@ -29,6 +28,19 @@ __all__ = [
 _PIXELS = 480
 _MOST_PIXELS = 1600
 _BEST = 3
+# Of a figure.
+_DPI = 110
+# Width of a picture among others, in pixels of the figure: that of the image, within these.
+_LEAST_ACROSS = 242
+_MOST_ACROSS = 640
+# Width of a figure that fits a page, and the height that viewers still open.
+_PAGE = 1500
+_LONGEST = 30000
+# Of a picture's width for the longest name, in letters; and points.
+_LABEL = 0.25
+_LEAST_FONT = 6
+_MOST_FONT = 9
+_THIN = 8
 _BOX_KEYS = ("bbox", "bbox_mode", "category_id")
 _SAME = 0.5
 
@@ -107,21 +119,10 @@ def figure_of(columns: int, rows: int, width: float, height: float) -> tuple[Any
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    size = (width * columns, height * rows)
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as a picture.
-
-    Raises:
-        UserError: it cannot be written there, or not in that format.
-    """
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be written: {reason(e)}; change --out") from e
 
 
 def picture_of(record: Mapping[str, Any]) -> Image:
@@ -163,7 +164,8 @@ def detection_grid(
     """A row of pictures for each detector: what it finds rightly in green, wrongly in red.
 
     A box is right where an object of its class has an IoU above 0.5 with it and no better box has
-    found that object.
+    found that object. Images that do not fit beside one another go on below, with rows of their
+    own.
 
     Args:
         images: (H, W, 3), uint8, RGB.
@@ -175,36 +177,117 @@ def detection_grid(
     Returns:
         a figure of matplotlib.
     """
-    from matplotlib.patches import Rectangle
-    from matplotlib.patheffects import withStroke
-
-    shape = np.array([x.shape[:2] for x in images]).max(0)
-    height = 2.2 * min(max(shape[0] / shape[1], 0.5), 1.5) + 0.15
-    figure, grid = figure_of(len(images), len(rows), 2.2, height)
+    height, width = np.array([x.shape[:2] for x in images]).max(0)
+    across = min(max(width, _LEAST_ACROSS), _MOST_ACROSS) / _DPI
+    ratio = min(max(height / width, 0.5), 1.5)
+    columns = max(min(int(_PAGE / _DPI / across), len(images)), 1)
+    lines = [(start, row) for start in range(0, len(images), columns) for row in rows]
+    across = min(across, _LONGEST / _DPI / (len(lines) * ratio))
+    figure, grid = figure_of(columns, len(lines), across, across * ratio + 0.15)
     figure.supxlabel(caption)
-    for row, axes in zip(rows, grid):
+    drawn: list[tuple[Any, Image, _Boxes]] = []
+    for (start, row), axes in zip(lines, grid):
         axes[0].set_ylabel(row.title)
-        for i, (image, objects, axis) in enumerate(zip(images, truth, axes)):
-            if row.found is None:
-                boxes, kinds = objects.gt_boxes, objects.gt_classes.tolist()
-                colors = ["white"] * len(kinds)
-            else:
-                found = row.found[i]
-                boxes, kinds = found.pred_boxes, found.pred_classes.tolist()
-                colors = ["lime" if x else "red" for x in _right(found, objects)]
-            axis.imshow(image, interpolation="nearest")
-            # The best last, on top of the others.
-            for (x0, y0, x1, y1), kind, color in reversed(
-                list(zip(boxes.tensor.tolist(), kinds, colors))
-            ):
-                axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=color, lw=2))
-                axis.text(
-                    x0 + 1, y0 + 1, names[kind], color=color, va="top", fontsize=9, weight="bold",
-                    path_effects=[withStroke(linewidth=2, foreground="black")], clip_on=True,
-                )  # fmt: skip
+        for i, axis in enumerate(axes, start):
+            if i >= len(images):
+                axis.set_axis_off()
+                continue
             axis.set_xticks([])
             axis.set_yticks([])
+            # Enlarged, its pixels are seen; made smaller, lines must not break.
+            smooth = "nearest" if images[i].shape[1] <= across * _DPI else "antialiased"
+            axis.imshow(images[i], interpolation=smooth)
+            drawn.append((axis, images[i], _boxes(row, i, truth[i], names)))
+    longest = max((len(x) for *_, found in drawn for x in found.names), default=1)
+    size = min(max(_LABEL * across * 72 / longest, _LEAST_FONT), _MOST_FONT)
+    # How large a pixel of an image is, which labels depend on.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axis, image, found in drawn:
+        _draw_boxes(axis, image, found, size)
     return figure
+
+
+class _Boxes(NamedTuple):
+    """Of one picture, best first."""
+
+    #: (N, 4), x0, y0, x1, y1
+    corners: list[list[float]]
+    names: list[str]
+    colors: list[str]
+
+
+def _boxes(row: Row, index: int, truth: Any, names: Sequence[str]) -> _Boxes:
+    if row.found is None:
+        boxes, kinds = truth.gt_boxes, truth.gt_classes.tolist()
+        colors = ["white"] * len(kinds)
+    else:
+        found = row.found[index]
+        boxes, kinds = found.pred_boxes, found.pred_classes.tolist()
+        colors = ["lime" if x else "red" for x in _right(found, truth)]
+    return _Boxes(boxes.tensor.tolist(), [names[k] for k in kinds], colors)
+
+
+def _draw_boxes(axis: Any, image: Image, found: _Boxes, size: float) -> None:
+    """Boxes, and their names in points of a size."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.patches import Rectangle
+
+    renderer, font = axis.figure.canvas.get_renderer(), FontProperties(size=size)
+    # Image pixels for one of the drawing.
+    scale = image.shape[1] / axis.get_window_extent().width
+    width = 1.0 if size < _THIN else 2.0
+    margin = size / 8 * _DPI / 72
+    extents = {}
+    for name in set(found.names):
+        w, h, _ = renderer.get_text_width_height_descent(name, font, False)
+        extents[name] = ((w + 2 * margin) * scale, (h + 2 * margin) * scale)
+    spots = place_labels(found.corners, [extents[x] for x in found.names], image.shape[:2])
+    # The best last, on top of the others.
+    for (x0, y0, x1, y1), name, color, (x, y) in reversed(list(zip(*found, spots))):
+        axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=color, lw=width))
+        ground = {"boxstyle": "square,pad=0.125", "fc": color, "ec": "none", "alpha": 0.75}
+        axis.text(
+            x + margin * scale, y + margin * scale, name, va="top", fontproperties=font,
+            color="white" if color == "red" else "black", bbox=ground, clip_on=True,
+            in_layout=False,
+        )  # fmt: skip
+
+
+def place_labels(
+    boxes: Sequence[Sequence[float]],
+    sizes: Sequence[tuple[float, float]],
+    shape: tuple[int, ...],
+) -> list[tuple[float, float]]:
+    """Where the names of boxes hide least of the boxes and of one another.
+
+    Args:
+        boxes: x0, y0, x1, y1 of each; the first have the first choice.
+        sizes: width and height of each label.
+        shape: height and width of the image, which no label leaves if it fits in at all.
+
+    Returns:
+        the upper left corner of each label.
+    """
+    height, width = shape[:2]
+    taken = np.array(boxes, float).reshape(-1, 4)
+    found = []
+    for (x0, y0, x1, y1), (w, h) in zip(boxes, sizes):
+        above, below, inside, right = y0 - h, y1, y0, x1 - w
+        spots = np.array(
+            [(x, y) for y in (above, below, inside, y1 - h) for x in (x0, right)]
+            + [(x1, y0), (x0 - w, y0)]
+        )
+        spots = np.maximum(np.minimum(spots, [width - w, height - h]), 0)
+        # (spots, taken): the share of each box and label that is hidden.
+        ends = np.minimum(spots[:, None] + [w, h], taken[:, 2:])
+        sides = np.maximum(ends - np.maximum(spots[:, None], taken[:, :2]), 0)
+        areas = np.maximum((taken[:, 2:] - taken[:, :2]).prod(1), 1e-9)
+        hidden = (sides.prod(2) / areas).sum(1)
+        x, y = spots[hidden.round(3).argmin()].tolist()
+        found.append((x, y))
+        taken = np.vstack([taken, [x, y, x + w, y + h]])
+    return found
 
 
 def _right(found: Any, truth: Any) -> list[bool]:

@@ -335,13 +335,17 @@ class DistillationModel(nn.Module):
         assert self.teacher is not None
         model: Any = self.student
         images = self._student_adapter.preprocess(model, batched_inputs)
-        student = Taps(images=images, features=dict(model.backbone(images)))
+        # A classifier's logits are beside its maps.
+        mine = self._student_adapter.feature_shapes(self.student)
+        maps = {k: x for k, x in model.backbone(images).items() if k in mine}
+        student = Taps(images=images, features=maps)
         teacher = self._teacher_maps(self.teacher, batched_inputs, student)
-        shapes = self._teacher_adapter.feature_shapes(self.teacher.model)
-        for level, x in teacher.items():
-            rows, cols = (-(-side // shapes[level].stride) for side in student.padded_size)
-            teacher[level] = x[..., :rows, :cols]
-        return student.features, teacher
+        cut = {}
+        for level, shape in self._teacher_adapter.feature_shapes(self.teacher.model).items():
+            if level in teacher:
+                rows, cols = (-(-side // shape.stride) for side in student.padded_size)
+                cut[level] = teacher[level][..., :rows, :cols]
+        return student.features, cut
 
     def _teacher_maps(
         self, frozen: FrozenTeacher, batched_inputs: list[dict[str, Any]], student: Taps

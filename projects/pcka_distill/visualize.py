@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
+import logging
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,14 +20,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pcka_distill.build import build_registered
-from pcka_distill.checkpoint import StrictCheckpointer
+from pcka_distill.checkpoint import StrictCheckpointer, write_whole
 from pcka_distill.drawing import (
     Image,
     Row,
     detection_grid,
     figure_of,
     picture_of,
-    save_figure,
     truth_of,
 )
 from pcka_distill.engine import _check_datasets, _resume_or_load
@@ -33,14 +35,29 @@ from pcka_distill.functional import CHANNEL_LAYOUTS, linear_cka, pool_places, to
 from pcka_distill.inference import Predictor
 from pcka_distill.losses import PCKALoss
 from pcka_distill.meta_arch import DistillationModel
-from pcka_distill.recorder import Recorder
 
-__all__ = ["draw_cka", "draw_results", "layers_of", "named_folders"]
+__all__ = [
+    "MOST_IMAGES",
+    "check_target",
+    "draw_cka",
+    "draw_results",
+    "layers_of",
+    "named_folders",
+    "save_figure",
+]
+
+# A child of Detectron2's logger, so that it is seen wherever that one is.
+logger = logging.getLogger(f"detectron2.{__name__}")
+
+#: images with detections in one picture: of more it would be of no use, and hundreds of megabytes
+MOST_IMAGES = 24
 
 # As in training: PCKA is of a batch.
 _BATCH = 8
 # Beyond so many rows a heatmap has no numbers in its cells.
 _NUMBERED = 8
+_PICTURES = ("levels", "layers", "channels", "relations", "features")
+_ENDINGS = (".jpeg", ".jpg", ".pdf", ".png", ".svg", ".tif", ".tiff", ".webp")
 
 
 def named_folders(texts: Sequence[str], *, titled: bool = True) -> dict[str, str]:
@@ -57,11 +74,61 @@ def named_folders(texts: Sequence[str], *, titled: bool = True) -> dict[str, str
     for text in texts:
         title, sign, path = text.partition("=")
         if not titled and (not sign or Path(text).exists()):
-            title, sign, path = Path(text).name, "=", text
-        if not (title and sign) or title in found:
-            raise UserError(f"{text!r} is no TITLE=PATH with a title of its own")
+            # Of a folder that is named "." too.
+            title, sign, path = Path(text).resolve().name, "=", text
+        if not (title and sign):
+            raise UserError(f"{text!r} is no TITLE=PATH")
+        if title in found:
+            raise UserError(
+                f"two are called {title!r}: {found[title]} and {path}; write TITLE=PATH, with a "
+                "title of its own for each"
+            )
         found[title] = path
     return found
+
+
+def check_target(path: Path) -> None:
+    """Refuse what could not be written once the work is done; folders above it are made.
+
+    Raises:
+        UserError: it is a folder, or cannot be written.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as e:
+        raise UserError(f"{path} cannot be written: {reason(e)}; change --out") from e
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as a picture, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    from matplotlib.artist import Artist
+
+    # Most of what it takes is spent on the parts of a figure, one after the other.
+    bar = tqdm(total=len(figure.axes), desc=f"draw {path.name}", disable=None, leave=False)
+
+    class Tick(Artist):
+        def draw(self, renderer: Any) -> None:
+            bar.update()
+
+    for axis in figure.axes:
+        axis.add_artist(Tick()).set_in_layout(False)
+    ending = path.suffix[1:].lower()
+    options = {"pil_kwargs": {"quality": 90}} if ending in ("jpg", "jpeg", "webp") else {}
+    data = io.BytesIO()
+    try:
+        with bar:
+            figure.savefig(data, format=ending, dpi="figure", **options)
+        write_whole(path, lambda f: f.write(data.getvalue()))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be written: {reason(e)}; change --out") from e
 
 
 def _checkpoint_in(path: str) -> str:
@@ -77,36 +144,52 @@ def draw_results(
     """The first images of a dataset: the truth, and what each student of some runs detects.
 
     Args:
-        path: of the picture to write.
+        path: of the picture to write; its ending says of what kind.
         dataset: with boxes, registered.
         runs: title -> OUTPUT_DIR of a run, with ``student_config.yaml`` and ``model_final.pth``.
-        images: how many.
+        images: how many, at most 24.
         score: what is scored lower is not drawn.
 
     Raises:
-        UserError: a dataset without boxes, a folder without a run, or other classes.
+        UserError: a dataset without boxes, a folder without a run, other classes, or a picture
+            that cannot be written.
     """
+    if images > MOST_IMAGES:
+        raise UserError(f"--images is {images}; at most {MOST_IMAGES} are drawn")
+    if path.suffix.lower() not in _ENDINGS and not path.is_dir():
+        raise UserError(f"{path} has none of the endings {' '.join(_ENDINGS)}; change --out")
+    check_target(path)
     _check_datasets([dataset])
     records = [x for x in DatasetCatalog.get(dataset) if "annotations" in x][:images]
     names = MetadataCatalog.get(dataset).get("thing_classes")
     if not records or names is None:
         raise UserError(f"dataset {dataset} has no boxes to draw; name another with --dataset")
-    pictures = [picture_of(x) for x in records]
+    pictures = _read(records)
     truth = [truth_of(x) for x in records]
     rows = [Row("truth", None)]
     for folder in runs.values():
         for name in ("student_config.yaml", "model_final.pth"):
             if not Path(folder, name).is_file():
                 raise UserError(f"{folder} is no folder of a run that has ended: it has no {name}")
-    for title, folder in tqdm(runs.items(), desc="detect", unit="model", disable=None):
-        predictor = Predictor.load(str(Path(folder) / "student_config.yaml"))
-        rows.append(Row(title, _detect(predictor, pictures, score, names)))
+    total = len(runs) * len(pictures)
+    with tqdm(total=total, desc="detect", unit="image", disable=None) as bar:
+        for title, folder in runs.items():
+            predictor = Predictor.load(str(Path(folder) / "student_config.yaml"))
+            rows.append(Row(title, _detect(predictor, pictures, score, names, bar)))
     caption = f"scores above {score}: green boxes are right, red ones are wrong"
     save_figure(detection_grid(pictures, truth, rows, names, caption), path)
 
 
+def _read(records: Sequence[dict[str, Any]]) -> list[Image]:
+    return [picture_of(x) for x in tqdm(records, desc="read", unit="image", disable=None)]
+
+
 def _detect(
-    predictor: Predictor, pictures: Sequence[Image], score: float, names: Sequence[str]
+    predictor: Predictor,
+    pictures: Sequence[Image],
+    score: float,
+    names: Sequence[str],
+    bar: tqdm[Any],
 ) -> list[Any]:
     if predictor.classes is not None and list(predictor.classes) != list(names):
         raise UserError(
@@ -120,6 +203,7 @@ def _detect(
             raise UserError(f"{type(predictor.model).__name__} detects no boxes")
         instances = output["instances"]
         found.append(instances[instances.scores >= score])
+        bar.update()
     return found
 
 
@@ -145,6 +229,7 @@ def layers_of(backbone: nn.Module) -> dict[str, nn.Module]:
 # Places across an image -> (N, C), see pool_places: as many as the map has cells, at most four.
 _Places = dict[int, Tensor]
 _GRIDS = (1, 2, 3, 4)
+_MOST_STRIDE = 64
 
 
 def _places(x: Tensor) -> _Places:
@@ -152,7 +237,111 @@ def _places(x: Tensor) -> _Places:
 
 
 def _join(parts: Sequence[_Places]) -> _Places:
-    return {g: torch.cat([x[g] for x in parts]) for g in parts[0]}
+    # Batches of smaller images may have maps of fewer cells.
+    grids = [g for g in parts[0] if all(g in x for x in parts)]
+    return {g: torch.cat([x[g] for x in parts]) for g in grids}
+
+
+def _is_channels_last(layer: nn.Module, shape: torch.Size) -> bool | None:
+    """Of an output of 3 or 4 axes; None where it cannot be known.
+
+    Layer normalisation, which transformers have and convolutional blocks have not, says how many
+    channels there are.
+    """
+    norms = [x for x in layer.children() if isinstance(x, nn.LayerNorm)]
+    norms = norms or [x for x in layer.modules() if isinstance(x, nn.LayerNorm)]
+    widths = {x.normalized_shape[0] for x in norms}
+    first, last = shape[1] in widths, shape[-1] in widths
+    if len(shape) == 3:
+        return last or None
+    if not widths:
+        return False
+    return last if first != last else None
+
+
+def _from_tokens(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Tokens (B, L, C) as maps (B, C, H, W) of images of a size, in pixels.
+
+    Where L is not that of maps of any stride, with a class token before it or without, places are
+    not known: (B, C, 1, 1), the mean of the tokens.
+    """
+    for extra in (0, 1):
+        for stride in range(1, _MOST_STRIDE + 1):
+            rows, cols = (-(-side // stride) for side in size)
+            if rows * cols == x.shape[1] - extra:
+                return x[:, extra:].mT.unflatten(2, (rows, cols))
+    return x.mean(1)[..., None, None]
+
+
+def _layer_places(layer: nn.Module, output: Any, images: Sequence[int]) -> _Places | str:
+    """What a layer says of places, or why that is not known.
+
+    Args:
+        layer: with channels first or last, or with tokens.
+        output: what it gave.
+        images: the shape (B, 3, H, W) of the batch.
+    """
+    if not isinstance(output, Tensor):
+        return f"they give no tensor but a {type(output).__name__}"
+    if output.dim() not in (3, 4) or len(output) != images[0]:
+        return f"{tuple(output.shape)} are no maps of {images[0]} images"
+    last = _is_channels_last(layer, output.shape)
+    if last is None:
+        return f"which axis of {tuple(output.shape)} are the channels cannot be known"
+    if output.dim() == 3:
+        output = _from_tokens(output, images[-2:])
+    elif last:
+        output = output.movedim(-1, 1)
+    return _places(output)
+
+
+class _Watch:
+    """Pools what the layers of a backbone give as soon as they do: whole, they are gigabytes.
+
+    Args:
+        backbone: see :func:`layers_of`. It is watched until the end of a with block.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self._parts: dict[str, list[_Places]] = {}
+        self._why: dict[str, str] = {}
+        self._batches = 0
+        self._images: tuple[int, ...] = ()
+        self._handles = [backbone.register_forward_pre_hook(self._begin)]
+        for name, layer in layers_of(backbone).items():
+            hook = functools.partial(self._see, name)
+            self._handles.append(layer.register_forward_hook(hook))
+
+    def __enter__(self) -> _Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._batches += 1
+        self._images = tuple(args[0].shape)
+
+    def _see(self, name: str, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        parts = self._parts.setdefault(name, [])
+        if name in self._why:
+            return
+        found = _layer_places(layer, output, self._images)
+        if isinstance(found, str):
+            self._why[name] = found
+        else:
+            parts.append(found)
+            if len(parts) > self._batches:
+                self._why[name] = "they run more than once"
+
+    def found(self) -> tuple[dict[str, _Places], dict[str, str]]:
+        """Layer -> its places, in the order of running; and layer -> why it has none."""
+        for name, parts in self._parts.items():
+            if len(parts) < self._batches:
+                self._why.setdefault(name, "they do not run for all images")
+        known = {k: _join(v) for k, v in self._parts.items() if k not in self._why}
+        return known, self._why
 
 
 class _Features(NamedTuple):
@@ -162,6 +351,8 @@ class _Features(NamedTuple):
     levels: list[dict[str, _Places]]
     #: layer of the backbone -> its places, the student's and the teacher's, in the order of running
     layers: list[dict[str, _Places]]
+    #: layer of the backbone -> why it is left out, the student's and the teacher's
+    without: list[dict[str, str]]
     #: paired level -> (C,), the CKA of each channel as PCKA sees it
     channels: dict[str, Tensor]
     #: paired level -> (1, C, H, W) of the first image, the student's and the teacher's
@@ -175,52 +366,37 @@ def _look(model: DistillationModel, inputs: Sequence[dict[str, Any]], projected:
     sides: tuple[Any, Any] = model.student, model.teacher.model
     loss = next((x for x in model.losses if isinstance(x, PCKALoss)), None)
     levels: list[dict[str, list[_Places]]] = [{}, {}]
-    layers: list[dict[str, list[_Places]]] = [{}, {}]
     channels: dict[str, list[Tensor]] = {}
     first: dict[str, tuple[Tensor, Tensor]] = {}
-    modules = [layers_of(x.backbone) for x in sides]
-    recorders = [Recorder(x) for x in modules]
-    # Called when a layer is run for the first time.
-    begin = [
-        {name: functools.partial(_enter, into, name) for name in names}
-        for into, names in zip(layers, modules)
-    ]
-    for start in tqdm(range(0, len(inputs), _BATCH), desc="features", disable=None):
-        batch = list(inputs[start : start + _BATCH])
-        with (
-            recorders[0].recording(begin[0]) as mine_called,
-            recorders[1].recording(begin[1]) as theirs_called,
-        ):
+    bar = tqdm(total=len(inputs), desc="features", unit="image", disable=None)
+    with bar, _Watch(sides[0].backbone) as my_layers, _Watch(sides[1].backbone) as their_layers:
+        for start in range(0, len(inputs), _BATCH):
+            batch = list(inputs[start : start + _BATCH])
             mine, theirs = model.feature_maps(batch)
-        for into, maps in zip(levels, (mine, theirs)):
-            for level, x in maps.items():
-                into.setdefault(level, []).append(_places(x))
-        for into, record in zip(layers, (mine_called, theirs_called)):
-            for name, calls in record.items():
-                if len(calls) == 1 and calls[0].output.dim() == 4:
-                    into[name].append(_places(calls[0].output))
-        for level, pair in model.pairs.items():
-            x, y = mine[level], theirs[pair.teacher]
-            if x.shape[-2:] != y.shape[-2:]:
-                y = F.interpolate(y, x.shape[-2:], mode="bilinear", align_corners=False)
-            first.setdefault(level, (x[:1].float().cpu(), y[:1].float().cpu()))
-            # PCKA is of a batch: that of a smaller one would be another.
-            if loss is None or level not in loss.levels or len(batch) < _BATCH:
-                continue
-            if level in loss.projections and projected:
-                x = loss.projections[level](x)
-            if x.shape == y.shape:
-                channels.setdefault(level, []).append(_channel_cka(loss, level, x, y))
+            for into, maps in zip(levels, (mine, theirs)):
+                for level, x in maps.items():
+                    into.setdefault(level, []).append(_places(x))
+            for level, pair in model.pairs.items():
+                x, y = mine[level], theirs[pair.teacher]
+                if x.shape[-2:] != y.shape[-2:]:
+                    y = F.interpolate(y, x.shape[-2:], mode="bilinear", align_corners=False)
+                first.setdefault(level, (x[:1].float().cpu(), y[:1].float().cpu()))
+                # PCKA is of a batch: that of a smaller one would be another.
+                if loss is None or level not in loss.levels or len(batch) < _BATCH:
+                    continue
+                if level in loss.projections and projected:
+                    x = loss.projections[level](x)
+                if x.shape == y.shape:
+                    channels.setdefault(level, []).append(_channel_cka(loss, level, x, y))
+            bar.update(len(batch))
+    layers, without = zip(*(x.found() for x in (my_layers, their_layers)))
     return _Features(
         [{k: _join(v) for k, v in x.items()} for x in levels],
-        [{k: _join(v) for k, v in x.items() if v} for x in layers],
+        list(layers),
+        list(without),
         {k: torch.stack(v).mean(0).cpu() for k, v in channels.items()},
         first,
     )
-
-
-def _enter(into: dict[str, list[_Places]], name: str, _: Any) -> None:
-    into.setdefault(name, [])
 
 
 def _channel_cka(loss: PCKALoss, level: str, x: Tensor, y: Tensor) -> Tensor:
@@ -260,6 +436,10 @@ def draw_cka(
 
     Returns:
         title -> paired level -> CKA with the teacher, also written to ``cka.json``.
+
+    Raises:
+        UserError: too few images, no distillation of features, a checkpoint that is not the
+            student's, or a folder that cannot be written.
     """
     if images < _BATCH:
         raise UserError(f"--images is {images}; it must be at least {_BATCH}")
@@ -280,17 +460,15 @@ def draw_cka(
     for path in files.values():
         if path and "://" not in path and not Path(path).is_file():
             raise UserError(f"checkpoint not found: {path}; change --students")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{folder} cannot be written: {reason(e)}; change --out") from e
+    for name in ("cka.json", *(f"{x}.png" for x in _PICTURES)):
+        check_target(folder / name)
     records = DatasetCatalog.get(dataset)[:images]
     prepare = Predictor(cfg, model.student).prepare
     if len(records) < _BATCH:
         raise UserError(
             f"dataset {dataset} has {len(records)} images; at least {_BATCH} are needed"
         )
-    pictures = [picture_of(x) for x in records]
+    pictures = _read(records)
     inputs = [prepare(x) for x in pictures]
     found: dict[str, _Features] = {}
     for title, path in files.items():
@@ -306,9 +484,15 @@ def draw_cka(
         known = not path or not own or not all(torch.equal(state[k], begin[k]) for k in own)
         found[title] = _look(model, inputs, known)
     titles = list(found)
-    for name, of in (("levels", "levels"), ("layers", "layers")):
-        matrices = [cka_matrix(*getattr(x, of)) for x in found.values()]
-        axes = [list(y) for y in getattr(next(iter(found.values())), of)]
+    # All of them are of one architecture.
+    some = next(iter(found.values()))
+    _tell(some.without)
+    for name in ("levels", "layers"):
+        axes = [list(x) for x in getattr(some, name)]
+        if not all(axes):
+            _draw_nothing(folder / f"{name}.png", "no layers to compare")
+            continue
+        matrices = [cka_matrix(*getattr(x, name)) for x in found.values()]
         _draw_matrices(folder / f"{name}.png", titles, matrices, axes)
         if name == "levels":
             values = {
@@ -326,8 +510,31 @@ def draw_cka(
             sizes.update({k: loss.patch_size(k) for k in loss.levels})
     _draw_relations(folder / "relations.png", first, sizes)
     _draw_maps(folder / "features.png", first, pictures[0], inputs[0])
-    (folder / "cka.json").write_text(json.dumps(values, indent=1))
+    text = json.dumps(values, indent=1).encode()
+    try:
+        write_whole(folder / "cka.json", lambda f: f.write(text))
+    except OSError as e:
+        raise UserError(f"{folder / 'cka.json'} cannot be written: {reason(e)}") from e
     return values
+
+
+def _tell(without: Sequence[Mapping[str, str]]) -> None:
+    """On one line, which layers are not compared and why."""
+    parts = []
+    for side, reasons in zip(("student", "teacher"), without):
+        for why in dict.fromkeys(reasons.values()):
+            names = [k for k, v in reasons.items() if v == why]
+            more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+            parts.append(f"{', '.join(names[:2])}{more} of the {side}: {why}")
+    if parts:
+        logger.warning(f"Layers that are left out of layers.png: {'; '.join(parts)}")
+
+
+def _draw_nothing(path: Path, text: str) -> None:
+    figure, grid = figure_of(1, 1, 3.4, 2.8)
+    grid[0][0].set_axis_off()
+    grid[0][0].text(0.5, 0.5, text, ha="center", va="center", wrap=True)
+    save_figure(figure, path)
 
 
 def _draw_matrices(
@@ -360,27 +567,20 @@ def _draw_matrices(
 def _draw_channels(path: Path, found: Mapping[str, Mapping[str, Tensor]]) -> None:
     """For each level a histogram of its channels' CKA, of every student."""
     levels = list(dict.fromkeys(level for x in found.values() for level in x))
-    figure, grid = figure_of(max(len(levels), 1), 1, 3.4, 2.8)
+    if not levels:
+        _draw_nothing(path, "no channels to compare:\nthe config has no PCKA, or widths differ")
+        return
+    figure, grid = figure_of(len(levels), 1, 3.4, 2.8)
     for level, axis in zip(levels, grid[0]):
         for title, channels in found.items():
             if level in channels:
                 label = f"{title}: mean {channels[level].mean():.2f}"
                 bins = torch.linspace(0, 1, 26).tolist()
                 axis.hist(channels[level].tolist(), bins=bins, histtype="step", label=label, lw=1.5)
-        axis.set_title(level)
         axis.set_xlabel("CKA of a channel with the teacher's")
         axis.set_ylabel("channels")
-        axis.legend(fontsize=7)
-    if not levels:
-        grid[0][0].set_axis_off()
-        grid[0][0].text(
-            0.5,
-            0.5,
-            "no channels to compare: the config has no PCKA, or widths differ",
-            ha="center",
-            va="center",
-            wrap=True,
-        )
+        # Above, where there is nothing that it could hide.
+        axis.legend(title=level, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     save_figure(figure, path)
 
 
