@@ -6,14 +6,16 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
+from detectron2.config import LazyConfig
 from detectron2.modeling import build_model
 from helpers import REPO, assert_one_line, digits_cfg
 
-from pcka_distill import UserError
-from pcka_distill.report import _used, read_run, write_report
+from pcka_distill import UserError, __version__
+from pcka_distill.report import _number, _used, read_run, write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 LOG = """[11/23 20:00:21] detectron2 INFO: Environment info:
@@ -109,7 +111,8 @@ def test_the_numbers_of_the_page(tmp_path):
     assert not any(row[0].startswith("MODEL.DISTILL.PCKA") for row in rows)
     assert not any(row[0] == "OUTPUT_DIR" for row in rows)
     assert ["Python", "3.11.7 (main)"] in rows
-    assert page.count("data:image/png;base64,") == 2
+    assert re.findall("data:image/(.*?);base64,", page) == ["png", "jpeg"]
+    assert f"made by pcka_distill {__version__}." in page
     assert "<b>taught" not in page
     assert "http" not in page
 
@@ -123,6 +126,13 @@ def test_of_one_run_nothing_differs(tmp_path):
 
 def test_data_that_are_elsewhere_leave_a_note(tmp_path):
     folder = make_run(tmp_path / "a", 30.0)
+    config = (folder / "config.yaml").read_text()
+    # No advice of another tool.
+    (folder / "config.yaml").write_text(re.sub("digits_(val|test)", "digit_scans_val", config))
+    write_report(tmp_path / "page.html", [read_run("a", folder)])
+    page = (tmp_path / "page.html").read_text()
+    assert "Not drawn: dataset digit_scans_val has no boxes to draw.</p>" in page
+    (folder / "config.yaml").write_text(config)
     text = (
         (folder / "config.yaml")
         .read_text()
@@ -202,8 +212,124 @@ def test_the_command(tmp_path):
     assert_one_line(done, "cannot be written.*change --out")
 
 
-def test_damaged_files(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("results.json", "{", "Expecting property name"),
+        ("results.json", "[]", "results.json is none: dataset, task and metric are expected"),
+        ("results.json", '{"results": {"a": 3}}', "results.json is none"),
+        ("results.json", '{"results": {"a": {"bbox": [1]}}}', "results.json is none"),
+        ("results.json", '{"results": 3}', "results.json is none"),
+        ("results.json", "[" * 10**5, "recursion"),
+        ("results.json", b"\xff\xff\xff", "codec can't decode"),
+        ("config.yaml", "- 3", "its config.yaml has no keys"),
+        ("config.yaml", "", "its config.yaml has no keys"),
+        ("config.yaml", "a: !!python/object/apply:os.system [", "while parsing"),
+        ("config.yaml", "a: &a {b: *a}", "recursion"),
+        ("config.yaml", b"\xff", "codec can't decode"),
+    ],
+)
+def test_damaged_files(name, content, message, tmp_path):
     folder = make_run(tmp_path / "a", 30.0)
-    (folder / "results.json").write_text("{")
-    with pytest.raises(UserError, match=r"the run in .* cannot be read"):
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=rf"the run in .*a cannot be read: .*{message}"):
         read_run("a", folder)
+
+
+def test_what_is_damaged_in_a_file_is_left_out_and_named(tmp_path):
+    folder = make_run(tmp_path / "a", 30.0)
+    metrics = {"AP": "x", "AP50": 44.0, "APs": True, "APl": None}
+    results = {"parameters": "many", "results": {"digits_val": {"bbox": metrics}}}
+    (folder / "results.json").write_text(json.dumps(results))
+    lines = [b"[1]", b'{"iteration": null}', b'{"iteration": 1e999}', b"\xff\xfe{", b'"a"', b"{}"]
+    known = b'{"iteration": 7, "total_loss": 3.0, "x": "\xc3\xa9"}'
+    (folder / "metrics.json").write_bytes(b"\n".join([*lines, b"", known, b'{"iteration": 8, "t']))
+    (folder / "log.txt").write_bytes(b"\xff" + LOG.encode())
+    run = read_run("a", folder)
+    assert run.metrics == {7: {"total_loss": 3.0, "x": "é"}}
+    assert run.environment["sys.platform"] == "linux"
+    assert run.left_out == [
+        "results.json: parameters, AP, APs, no numbers",
+        "metrics.json: 6 lines that cannot be read",
+    ]
+    write_report(tmp_path / "page.html", [run], images=0)
+    page = (tmp_path / "page.html").read_text()
+    assert ["a", "44.0", "-"] in cells(page)
+    assert "a, left out: results.json: parameters, AP, APs, no numbers; metrics.json: 6" in page
+
+
+def test_long_runs_are_read_in_no_time(tmp_path):
+    folder = make_run(tmp_path / "a", 30.0)
+    lines = "".join(f'{{"iteration": {i}, "total_loss": 1.0}}\n' for i in range(30_000))
+    (folder / "metrics.json").write_text(lines)
+    start = time.perf_counter()
+    assert len(read_run("a", folder).metrics) == 30_000
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("value", "color", "text"),
+    [
+        (40.1, "up", "(+0.1)"), (39.9, "down", "(-0.1)"), (40.0, "note", "(+0.0)"),
+        (39.97, "note", "(+0.0)"), (40.03, "note", "(+0.0)"),
+    ],
+)  # fmt: skip
+def test_what_does_not_differ_has_no_colour(value, color, text):
+    assert _number(value, 40.0).endswith(f'<span class="{color}">{text}</span>')
+
+
+def make_lazy_run(folder, ap, weight):
+    """A run of a LazyConfig, as its trainer leaves it; what it names must not be run."""
+    make_run(folder, ap)
+    config = LazyConfig.load(str(REPO / "configs" / "lazy" / "Digits" / "fcos_pcka.py"))
+    config.train.output_dir = str(folder)
+    config.model.losses[0].weight = weight
+    LazyConfig.save(config, str(folder / "config.yaml"))
+    with open(folder / "config.yaml", "a") as f:
+        f.write(
+            f"trap: !!python/object/apply:os.mkdir [{folder / 'trap'}]\n"
+            f"other: {{_target_: os.mkdir, path: {folder / 'trap'}}}\n"
+            "kind: !!python/name:os.mkdir ''\npair: !!python/tuple [1, 2]\n"
+        )
+    LazyConfig.save(config, str(folder / "student_config.yaml"))
+    return folder
+
+
+@pytest.mark.usefixtures("digits")
+def test_runs_of_a_lazy_config(tmp_path):
+    """Their numbers are those of any run; nothing of what they name is run."""
+    folders = [
+        make_lazy_run(tmp_path / x, *of) for x, of in (("b", (40.0, 2.5)), ("c", (41.0, 7.5)))
+    ]
+    lazy = [read_run(x.name, x) for x in folders]
+    assert lazy[0].lazy and lazy[0].config["model.losses.0.weight"] == 2.5
+    assert lazy[0].config["kind"] == "os.mkdir" and lazy[0].config["pair"] == [1, 2]
+    runs = [read_run("a", make_run(tmp_path / "a", 30.0)), *lazy]
+    assert not runs[0].lazy
+    write_report(tmp_path / "page.html", runs, images=1)
+    page = (tmp_path / "page.html").read_text()
+    rows = cells(page)
+    assert ["c", "41.0 (+11.0)", "51.0 (+11.0)", "-"] in rows
+    assert ["model.losses.0.weight", "2.5", "7.5"] in rows
+    # Nothing else differs: not their folders, and not each key from a yaml's.
+    assert not any(x[0].startswith(("train.", "MODEL.")) for x in rows)
+    assert "Not drawn: b, c, whose models are those of LazyConfigs." in page
+    # Of the other run there are detections.
+    assert page.count("data:image/jpeg") == 1
+    write_report(tmp_path / "page.html", lazy, images=1)
+    page = (tmp_path / "page.html").read_text()
+    assert "Not drawn: b, c" in page and "data:image/jpeg" not in page
+    assert not any((x / "trap").exists() for x in folders)
+
+
+def test_one_line_of_a_report(tmp_path):
+    assert_one_line(tool(tmp_path, "--images", 25), "--images is 25; it must be from 0 to 24")
+    done = tool(tmp_path / "a", tmp_path / "b" / "a")
+    assert_one_line(done, "two are called 'a': .*; write TITLE=PATH, with a title of its own")
+
+
+def test_a_page_that_cannot_be_written_is_known_at_once(tmp_path, monkeypatch):
+    run = read_run("a", make_run(tmp_path / "a", 30.0))
+    monkeypatch.setattr("pcka_distill.report._results", lambda _: pytest.fail("too late"))
+    with pytest.raises(UserError, match=r"a cannot be written: it is a folder; change --out"):
+        write_report(tmp_path / "a", [run])

@@ -546,7 +546,7 @@ def test_a_bar_on_a_terminal_alone(teacher_files, tmp_path):
     assert re.search(rb"draw x.png: ", seen), seen
 
 
-TOOLS = ("visualize_cka", "visualize_results", "draw_docs")
+TOOLS = ("visualize_cka", "visualize_results", "report", "draw_docs")
 
 
 @pytest.mark.parametrize("name", TOOLS)

@@ -10,8 +10,10 @@ import math
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
@@ -20,12 +22,12 @@ from tqdm import tqdm
 from pcka_distill.checkpoint import write_whole
 from pcka_distill.drawing import figure_of
 from pcka_distill.errors import UserError, reason
-from pcka_distill.visualize import draw_results
+from pcka_distill.visualize import check_target, draw_results
 
 __all__ = ["Run", "read_run", "write_report"]
 
 # What differs between any two runs and says nothing.
-_OWN = ("OUTPUT_DIR",)
+_OWN = ("OUTPUT_DIR", "train.output_dir")
 _MOST_CURVES = 12
 
 _STYLE = """
@@ -49,7 +51,7 @@ class Run:
 
     title: str
     folder: Path
-    #: key -> value, as written in config.yaml
+    #: key -> value, as written in config.yaml; of a LazyConfig, too, which is not run
     config: dict[str, Any]
     #: iteration -> what was logged then, in order
     metrics: dict[int, dict[str, float]]
@@ -59,6 +61,29 @@ class Run:
     environment: dict[str, str]
     #: what the log says of the teacher
     teacher: str
+    #: of its files, what is damaged and was left out
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def lazy(self) -> bool:
+        """Whether its config is a LazyConfig."""
+        return any(x.rpartition(".")[2] == "_target_" for x in self.config)
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads objects of Python as the data that they are written with; nothing is made or run."""
+
+
+def _plain(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
+    if isinstance(node, yaml.SequenceNode):
+        return loader.construct_sequence(node, deep=True)
+    if isinstance(node, yaml.MappingNode):
+        return loader.construct_mapping(node, deep=True)
+    # A function or a class has its name in the tag.
+    return suffix.partition(":")[2] or suffix
+
+
+_PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/", _plain)
 
 
 def read_run(title: str, folder: Path) -> Run:
@@ -69,18 +94,21 @@ def read_run(title: str, folder: Path) -> Run:
     """
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is no folder of a run: it has no config.yaml")
+    left_out: list[str] = []
     try:
-        # As Detectron2 reads and dumps its configs, which are plain yaml.
-        text = (folder / "config.yaml").read_text()
-        if "_target_:" in text:
-            raise UserError(f"{folder} holds a run of a LazyConfig, which is not read here")
-        config = yaml.safe_load(text)
+        text = (folder / "config.yaml").read_text(encoding="utf-8")
+        config = yaml.load(text, _PlainLoader)
+        if not isinstance(config, dict):
+            raise ValueError("its config.yaml has no keys")
+        config = dict(_flat(config))
         results: dict[str, Any] = {}
         for name in ("results.json", "evaluation.json"):
             if not results and (folder / name).is_file():
-                results = json.loads((folder / name).read_text())
-        log = (folder / "log.txt").read_text() if (folder / "log.txt").is_file() else ""
-    except (ValueError, yaml.YAMLError, OSError) as e:
+                results = _read_results(folder / name, left_out)
+        metrics = _read_metrics(folder / "metrics.json", left_out)
+        path = folder / "log.txt"
+        log = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    except (ValueError, RecursionError, yaml.YAMLError, OSError) as e:
         raise UserError(f"the run in {folder} cannot be read: {reason(e)}") from e
     # With several parts of a run, the last is what counts.
     block = log.rsplit("Environment info:", 1)[-1] if "Environment info:" in log else ""
@@ -88,24 +116,59 @@ def read_run(title: str, folder: Path) -> Run:
     pairs = re.findall(r"^(\w[\w.$() -]*?) {2,}(\S.*)$", block, re.M)
     said = re.findall(r"(Teacher: .* loaded from .*|Fingerprint of the teacher: \w+)", log)
     return Run(
-        title, folder, dict(_flat(config)), _read_metrics(folder / "metrics.json"), results,
-        dict(pairs), "; ".join(dict.fromkeys(said)),
+        title, folder, config, metrics, results, dict(pairs),
+        "; ".join(dict.fromkeys(said)), left_out,
     )  # fmt: skip
 
 
-def _read_metrics(path: Path) -> dict[int, dict[str, float]]:
+def _is_metric(x: object) -> bool:
+    return isinstance(x, (int, float, NoneType)) and not isinstance(x, bool)
+
+
+def _read_results(path: Path, left_out: list[str]) -> dict[str, Any]:
+    """Of results.json, with what is no number left out.
+
+    Raises:
+        ValueError: it is none.
+    """
+    content = json.loads(path.read_bytes())
+    datasets = content.get("results", {}) if isinstance(content, dict) else None
+    tasks = list(datasets.values()) if isinstance(datasets, dict) else [0]
+    tables = [x for y in tasks if isinstance(y, dict) for x in y.values()]
+    if not all(isinstance(x, (dict, NoneType)) for x in (*tasks, *tables)):
+        raise ValueError(f"{path.name} is none: dataset, task and metric are expected in it")
+    odd = [k for k in ("parameters", "train_seconds") if not _is_metric(content.get(k))]
+    for key in odd:
+        del content[key]
+    for table in filter(None, tables):
+        for key in [k for k, v in table.items() if not _is_metric(v)]:
+            del table[key]
+            odd.append(key)
+    if odd:
+        left_out.append(f"{path.name}: {', '.join(dict.fromkeys(odd))}, no numbers")
+    return content
+
+
+def _read_metrics(path: Path, left_out: list[str]) -> dict[int, dict[str, float]]:
+    """Iteration -> what was logged then; whole lines that cannot be read are counted."""
     found: dict[int, dict[str, float]] = {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    last, odd = -1, 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
         try:
             content = json.loads(line)
             step = int(content.pop("iteration"))
-        except (ValueError, KeyError, AttributeError):
-            # The last line of a run that was killed.
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+            # A run that was killed leaves half a line at the end, which is nobody's fault.
+            odd += line.strip() != b"" and line.endswith(b"\n")
             continue
-        # A run that went on from a checkpoint logs some iterations again: the last counts.
-        # So do those of a new run in the same folder.
-        found = {k: v for k, v in found.items() if k <= step}
+        if step < last:
+            # A run that went on from a checkpoint logs some iterations again: the last counts.
+            # So do those of a new run in the same folder.
+            found = {k: v for k, v in found.items() if k <= step}
         found.setdefault(step, {}).update(content)
+        last = step
+    if odd:
+        left_out.append(f"{path.name}: {odd} line{'s' if odd > 1 else ''} that cannot be read")
     return dict(sorted(found.items()))
 
 
@@ -113,6 +176,9 @@ def _flat(node: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
     if isinstance(node, dict):
         for key, value in node.items():
             yield from _flat(value, f"{prefix}{key}.")
+    elif isinstance(node, list) and any(isinstance(x, dict) for x in node):
+        # The losses of a LazyConfig.
+        yield from _flat(dict(enumerate(node)), prefix)
     else:
         yield prefix[:-1], node
 
@@ -123,12 +189,13 @@ def write_report(path: Path, runs: Sequence[Run], *, images: int = 6, score: flo
     Args:
         path: of the page.
         runs: the first is what the others are compared with.
-        images: of how many test images to draw detections; 0 draws none.
+        images: of how many test images to draw detections, at most 24; 0 draws none.
         score: what is scored lower is not drawn.
 
     Raises:
         UserError: it cannot be written.
     """
+    check_target(path)
     parts = [
         ("Results", _results),
         ("Curves", _curves),
@@ -138,7 +205,7 @@ def write_report(path: Path, runs: Sequence[Run], *, images: int = 6, score: flo
         ("Environment", _environments),
     ]
     body = []
-    for title, part in tqdm(parts, desc="report", disable=None):
+    for title, part in tqdm(parts, desc="report", unit="part", disable=None):
         content = part(runs)
         if content:
             body.append(f"<h2>{title}</h2>\n{content}")
@@ -150,7 +217,6 @@ def write_report(path: Path, runs: Sequence[Run], *, images: int = 6, score: flo
         f"<h1>{html.escape(names)}</h1>\n" + "\n".join(body) + "\n</body>\n</html>\n"
     )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda f: f.write(page.encode()))
     except OSError as e:
         raise UserError(f"{path} cannot be written: {reason(e)}; change --out") from e
@@ -180,8 +246,10 @@ def _number(value: float | None, before: float | None = None) -> str:
         return "-"
     text = f"{value:.1f}"
     if before is not None and math.isfinite(before):
-        change = value - before
-        text += f' <span class="{"up" if change >= 0 else "down"}">({change:+.1f})</span>'
+        # Of what rounds to zero there is no sign, and no colour.
+        change = round(value - before, 1) + 0.0
+        color = "up" if change > 0 else "down" if change < 0 else "note"
+        text += f' <span class="{color}">({change:+.1f})</span>'
     return text
 
 
@@ -213,6 +281,9 @@ def _results(runs: Sequence[Run]) -> str:
             _text(run.teacher or "-"),
         ])  # fmt: skip
     text = _table(["run", "parameters", "iterations", "in training steps", "teacher"], rows)
+    text += "".join(
+        _note(f"{x.title}, left out: {'; '.join(x.left_out)}.") for x in runs if x.left_out
+    )
     for key in dict.fromkeys(key for run in runs for key in _tasks(run)):
         names = [
             name
@@ -331,24 +402,34 @@ def _classes(runs: Sequence[Run]) -> str:
 
 def _pictures(runs: Sequence[Run], images: int, score: float) -> str:
     """What each detects in the first images of the dataset that the first was tested on."""
-    datasets = runs[0].config.get("DATASETS.TEST") or []
+    if not images:
+        return ""
+    # A LazyConfig is a program, which is nothing to run for a page.
+    lazy = [x.title for x in runs if x.lazy]
+    text = ""
+    if lazy:
+        text = _note(f"Not drawn: {', '.join(lazy)}, whose models are those of LazyConfigs.")
+    runs = [x for x in runs if not x.lazy]
+    datasets = runs[0].config.get("DATASETS.TEST") if runs else None
     if isinstance(datasets, str):
         # Detectron2 dumps tuples as texts.
         datasets = re.findall(r"'([^']+)'", datasets)
-    if not images or not datasets:
-        return ""
+    if not datasets:
+        return text
     folders = {x.title: str(x.folder) for x in runs if (x.folder / "model_final.pth").is_file()}
     if not folders:
-        return _note("No run has a model_final.pth.")
+        return text + _note("No run has a model_final.pth.")
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "picture.png")
+        # Of photographs a png would be five times as large.
+        path = Path(folder, "picture.jpg")
         try:
-            draw_results(path, datasets[-1], folders, images=images, score=score)
+            draw_results(path, str(datasets[-1]), folders, images=images, score=score)
         except UserError as e:
-            # Data that are on another machine, a classifier: the rest of the page is of use.
-            return _note(f"Not drawn: {e}.")
+            # Data that are on another machine, a classifier: the rest of the page is of use. What
+            # to change is a matter of another command line.
+            return text + _note(f"Not drawn: {str(e).partition(';')[0]}.")
         data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="detections" src="data:image/png;base64,{data}">'
+    return text + f'<img alt="detections" src="data:image/jpeg;base64,{data}">'
 
 
 def _note(text: str) -> str:
@@ -359,15 +440,24 @@ def _differences(runs: Sequence[Run]) -> str:
     """Keys that mean something to a run and have not the same value in all of them."""
     if len(runs) == 1:
         return ""
-    configs = [_used(run.config) for run in runs]
-    rows = []
-    for key in sorted({x for config in configs for x in config}):
-        values = [str(config.get(key, "-")) for config in configs]
-        if len(set(values)) > 1 and key not in _OWN:
-            rows.append([f"<code>{html.escape(key)}</code>", *map(_text, values)])
-    if not rows:
-        return _note("All keys of the configs are equal.")
-    return _table(["key", *(x.title for x in runs)], rows)
+    # The keys of a LazyConfig are no others' keys.
+    kinds = [[x for x in runs if x.lazy is lazy] for lazy in (False, True)]
+    text = ""
+    if all(kinds):
+        text = _note("The keys of yaml configs and of LazyConfigs are compared among themselves.")
+    for alike in kinds:
+        if len(alike) < 2:
+            continue
+        configs = [_used(run.config) for run in alike]
+        rows = []
+        for key in sorted({x for config in configs for x in config}):
+            values = [str(config.get(key, "-")) for config in configs]
+            if len(set(values)) > 1 and key not in _OWN:
+                rows.append([f"<code>{html.escape(key)}</code>", *map(_text, values)])
+        titles = [x.title for x in alike]
+        equal = _note(f"All keys of {', '.join(titles)} are equal.")
+        text += _table(["key", *titles], rows) if rows else equal
+    return text
 
 
 def _used(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -399,4 +489,8 @@ def _environments(runs: Sequence[Run]) -> str:
         if values:
             rows = [[html.escape(k), _text(v)] for k, v in values.items()]
             text += f"<h3>{html.escape(', '.join(titles[key]))}</h3>" + _table(["", ""], rows)
-    return text
+    try:
+        version = metadata.version("pcka_distill")
+    except metadata.PackageNotFoundError:
+        version = "that is not installed"
+    return text + _note(f"This page was made by pcka_distill {version}.")
