@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -173,6 +174,88 @@ def test_a_threshold_leaves_out_what_is_scored_lower(pictures, teacher_files):
     assert sorted(kept["instances"].scores.tolist()) == scores[2:]
     assert sorted(x["score"] for x in content["objects"]) == pytest.approx(scores[2:])
     assert len(output["instances"]) == len(scores)
+
+
+@pytest.fixture
+def unknown(teacher_files, tmp_path):
+    """Config and checkpoint of a student whose datasets nobody has registered here."""
+    cfg = digits_cfg("fcos", *EAGER, "DATASETS.TRAIN", ("mine",), "DATASETS.TEST", ())
+    folder = tmp_path / "unknown"
+    folder.mkdir()
+    (folder / "a.yaml").write_text(cfg.dump())
+    (folder / "a.pth").write_bytes(Path(teacher_files["fcos"]).read_bytes())
+    return str(folder / "a.yaml"), str(folder / "a.pth")
+
+
+def test_names_of_classes_that_lie_beside_the_weights(unknown, pictures, tmp_path):
+    config, weights = unknown
+    assert Predictor.load(config, weights).classes is None
+    names = [f"kind {i}" for i in range(10)]
+    file = Path(weights).with_name("classes.json")
+    file.write_text(json.dumps({"classes": names, "stuff": ["sky"]}))
+    predictor = Predictor.load(config, weights)
+    assert (predictor.classes, predictor.stuff) == (names, ["sky"])
+    content = predict(predictor, find_inputs([str(pictures / "a.png")]), tmp_path / "out", 0.0)
+    objects = content["files"][0]["objects"]
+    assert objects and all(x["name"] == f"kind {x['category_id']}" for x in objects)
+    # Of a dataset that is known here they are its own.
+    known = Predictor.load(config, weights, ["DATASETS.TEST", "('digits_val',)"])
+    assert known.classes == [str(i) for i in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"classes": ["a", "b"]}', "names 2 classes and the model has 10; correct or remove it"),
+        ("{}", "names 0 classes and the model has 10"),
+        ("{", r"classes.json cannot be read: .*; correct or remove it"),
+        ("[]", r"classes.json cannot be read"),
+        ('{"classes": 3}', r"classes.json cannot be read"),
+    ],
+)
+def test_names_of_classes_that_are_none(text, message, unknown):
+    config, weights = unknown
+    Path(weights).with_name("classes.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        Predictor.load(config, weights)
+
+
+@pytest.mark.parametrize("device", ["foo", "cpu:x", "meta"])
+def test_a_device_that_is_not_here(device, teacher_files):
+    with pytest.raises(UserError, match=f"MODEL.DEVICE is '{device}', which is not here; set it"):
+        Predictor.load(str(student_yaml("fcos")), teacher_files["fcos"], ["MODEL.DEVICE", device])
+
+
+def test_weights_are_no_override(teacher_files):
+    opts = ["MODEL.WEIGHTS", teacher_files["fcos"]]
+    with pytest.raises(UserError, match="name the checkpoint by --weights"):
+        Predictor.load(str(student_yaml("fcos")), teacher_files["fcos"], opts)
+
+
+def test_advice_is_that_of_the_tool(teacher_files, pictures, tmp_path, monkeypatch, capsys):
+    """What it says to add can be added as it is said."""
+    content = torch.load(teacher_files["fcos"], weights_only=True)
+    # No tensor and no number: it would be run by being read.
+    torch.save({**content, "more": slice(1)}, tmp_path / "a.pth")
+
+    def run(*args):
+        given = ["--config", str(student_yaml("fcos")), "--out", str(tmp_path / "out"), *args]
+        monkeypatch.setattr(sys, "argv", ["predict", str(pictures), *given])
+        cli()
+
+    weights = ["--weights", str(tmp_path / "a.pth")]
+    with pytest.raises(SystemExit, match=r"add --opts TRUST_CHECKPOINT True at the end of"):
+        run(*weights)
+    run(*weights, "--opts", "TRUST_CHECKPOINT", "True")
+    assert "2 files" in capsys.readouterr().out
+    opts = ["--opts", "MODEL.DEVICE", "cpu"]
+    with pytest.raises(SystemExit, match=r"add TRUST_CHECKPOINT True at the end of"):
+        run(*weights, *opts)
+    run(*weights, *opts, "TRUST_CHECKPOINT", "True")
+    with pytest.raises(SystemExit, match=r"not found: gone.pth; change --weights"):
+        run("--weights", "gone.pth")
+    with pytest.raises(SystemExit, match=r"Change --weights or the config"):
+        run("--weights", teacher_files["retinanet"])
 
 
 def test_a_classifier(pictures, tmp_path):

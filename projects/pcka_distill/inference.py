@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import json
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +36,33 @@ from pcka_distill.errors import UserError, reason
 from pcka_distill.lazy import _make_student, _names, _student_node, _target
 from pcka_distill.lazy import load_config as load_lazy
 
-__all__ = ["Predictor", "load_config"]
+__all__ = ["Predictor", "errors_of_a_tool", "load_config"]
 
 # What can be overridden beside a LazyConfig; all else is in the file.
 _BESIDE_LAZY = ("TRUST_CONFIG", "TRUST_CHECKPOINT", "MODEL.DEVICE", "INPUT.FORMAT",
                 "INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "DATASETS.TRAIN",
                 "DATASETS.TEST")  # fmt: skip
+
+
+@contextlib.contextmanager
+def errors_of_a_tool(opts: Sequence[Any] = ()) -> Iterator[None]:
+    """What errors advise, for a tool that takes overrides by ``--opts`` and has ``--weights``.
+
+    Args:
+        opts: the overrides that it was given.
+    """
+    try:
+        yield
+    except UserError as e:
+        # All that comes after --opts is its own.
+        flag = "" if opts else "--opts "
+        text = re.sub(
+            r"\badd (TRUST_\w+ True) to the command line",
+            rf"add {flag}\1 at the end of the command line",
+            str(e),
+        )
+        e.args = (re.sub(r"\b([Cc]hange) MODEL\.WEIGHTS\b", r"\1 --weights", text),)
+        raise
 
 
 def load_config(path: str, opts: Sequence[Any] = ()) -> CfgNode:
@@ -52,7 +76,8 @@ def load_config(path: str, opts: Sequence[Any] = ()) -> CfgNode:
         opts: overrides: key, value, ...
 
     Raises:
-        UserError: no config, keys that do not fit, or a LazyConfig without ``TRUST_CONFIG``.
+        UserError: no config, keys that do not fit, a device that is not here, or a LazyConfig
+            without ``TRUST_CONFIG``.
     """
     return _read(path, opts)[0]
 
@@ -75,6 +100,13 @@ def _read(path: str, opts: Sequence[Any]) -> tuple[CfgNode, DictConfig | None]:
             raise UserError(f"config file {path} cannot be used: {reason(e)}") from e
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
+    try:
+        torch.zeros(1, device=cfg.MODEL.DEVICE).cpu()
+    except (RuntimeError, AssertionError) as e:
+        # No device of that name or number, or a torch that was built without it.
+        raise UserError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, which is not here; set it to cpu, or to cuda"
+        ) from e
     return cfg, config
 
 
@@ -139,7 +171,8 @@ class Predictor:
         model: as ``cfg`` describes it, on any device; it is put into evaluation mode.
 
     Attributes:
-        classes: names, in the order of its logits; None where no dataset of ``cfg`` is known here.
+        classes: names, in the order of its logits: of a dataset of ``cfg``, or where none is known
+            here of ``classes.json`` beside its checkpoint, as an export has it; or None.
         stuff: names of what is no thing, of a panoptic segmentation; None as above.
         config: a LazyConfig of the model and its test images; None of a model of a yaml.
     """
@@ -169,8 +202,11 @@ class Predictor:
             opts: overrides: key, value, ...
 
         Raises:
-            UserError: no config, no checkpoint, or one that is not the student's.
+            UserError: no config, no checkpoint, or one that is not the student's; a damaged
+                ``classes.json``.
         """
+        if "MODEL.WEIGHTS" in map(str, opts[::2]):
+            raise UserError("MODEL.WEIGHTS is no override here; name the checkpoint by --weights")
         cfg, described = _read(config, opts)
         cfg = student_config(cfg)
         if not weights:
@@ -182,7 +218,24 @@ class Predictor:
         build = functools.partial(_make_student, described) if described else build_student
         predictor = cls(cfg, load_student(cfg, build=build))
         predictor.config = described
+        names = Path(weights).parent / "classes.json"
+        if predictor.classes is None and names.is_file():
+            predictor._read_names(names)
         return predictor
+
+    def _read_names(self, path: Path) -> None:
+        try:
+            content = json.loads(path.read_text())
+            lists = [[str(x) for x in content.get(k) or ()] for k in ("classes", "stuff")]
+        except (OSError, ValueError, AttributeError, TypeError) as e:
+            raise UserError(f"{path} cannot be read: {reason(e)}; correct or remove it") from e
+        count = find_adapter(self.model).num_classes(self.model)
+        if count not in (None, len(lists[0])):
+            raise UserError(
+                f"{path} names {len(lists[0])} classes and the model has {count}; correct or "
+                "remove it"
+            )
+        self.classes, self.stuff = (x or None for x in lists)
 
     def prepare(self, image: np.ndarray[Any, Any]) -> dict[str, Any]:
         """A model's input.

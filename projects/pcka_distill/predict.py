@@ -25,7 +25,7 @@ from tqdm import tqdm
 from pcka_distill.checkpoint import write_whole
 from pcka_distill.drawing import draw_output
 from pcka_distill.errors import UserError, reason
-from pcka_distill.inference import Predictor
+from pcka_distill.inference import Predictor, errors_of_a_tool
 from pcka_distill.tool import run_tool, tool_parser
 
 __all__ = ["cli", "describe", "find_inputs", "predict"]
@@ -309,7 +309,8 @@ def _main(args: argparse.Namespace) -> None:
         raise UserError(f"--score is {args.score}; it must be from 0 to 1")
     inputs = find_inputs(args.inputs)
     check_folder(args.inputs, inputs, args.out)
-    predictor = Predictor.load(args.config_file, args.weights, args.opts)
+    with errors_of_a_tool(args.opts):
+        predictor = Predictor.load(args.config_file, args.weights, args.opts)
     try:
         content = predict(predictor, inputs, args.out, args.score)
     except KeyboardInterrupt as e:
@@ -334,6 +335,7 @@ def cli() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
     parser.add_argument("--score", type=float, default=0.5, help="threshold; default 0.5")
     parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="overrides: KEY VALUE ..."
-    )
+        "--opts", nargs=argparse.REMAINDER, default=[],
+        help="overrides: KEY VALUE ..., at the end of the command line",
+    )  # fmt: skip
     run_tool(parser, _main)
