@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -13,6 +14,7 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from helpers import REPO, assert_one_line, digits_cfg, distill_cfg, student_yaml
@@ -117,6 +119,8 @@ def test_a_checkpoint_is_the_student_alone(run, tmp_path):
     assert "AP-cat" not in card
     assert "taught by | fcos_student.yaml with fcos.pth" in card
     assert "PCKALoss (weight 1.0)" in card
+    names = json.loads((tmp_path / "out" / "classes.json").read_text())
+    assert names == {"classes": [str(x) for x in range(10)]}
     # Nothing of where it was made goes with it.
     for file in (tmp_path / "out").iterdir():
         assert str(tmp_path).encode() not in file.read_bytes(), file.name
@@ -189,6 +193,39 @@ def test_results_are_those_of_the_exported_weights(run, tmp_path):
     assert "These weights were not evaluated." in card
 
 
+@pytest.mark.parametrize("task", [None, {"AP": None}, {"AP": "high"}, 3])
+def test_results_that_are_none(task, run, tmp_path):
+    path = run("fcos")
+    (path / "results.json").write_text(json.dumps({"results": {"digits_val": {"bbox": task}}}))
+    export.export_student(str(path / "config.yaml"), tmp_path / "out", noise())
+    card = (tmp_path / "out" / "model_card.md").read_text()
+    assert "These weights were not evaluated." in card
+
+
+def test_names_of_classes_go_on_with_the_weights(run, tmp_path):
+    """From export to export, where nobody has registered the datasets."""
+    path, opts = run("fcos"), ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()"]
+    names = [f"kind {i}" for i in range(10)]
+    (path / "classes.json").write_text(json.dumps({"classes": names}))
+    export.export_student(str(path / "config.yaml"), tmp_path / "a", noise(), opts=opts)
+    export.export_student(str(tmp_path / "a/student_config.yaml"), tmp_path / "b", noise())
+    assert json.loads((tmp_path / "b/classes.json").read_text()) == {"classes": names}
+    assert Predictor.load(str(tmp_path / "b/student_config.yaml")).classes == names
+    (path / "classes.json").unlink()
+    export.export_student(str(path / "config.yaml"), tmp_path / "b", noise(), opts=opts)
+    assert not (tmp_path / "b/classes.json").exists()
+
+
+@pytest.mark.parametrize("records", [[], [{"height": 3}], [{"file_name": "bomb.png"}]])
+def test_a_picture_that_cannot_be_had(records, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 40)).save("bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr(DatasetCatalog, "get", lambda _: records)
+    with pytest.raises(UserError, match=r"no picture to compare on .* name one with --image"):
+        export.find_image("", str(student_yaml("fcos")))
+
+
 def test_a_run_is_not_written_over(run, tmp_path):
     path = run("fcos")
     with pytest.raises(UserError, match="holds a run, which would be lost"):
@@ -240,7 +277,7 @@ def test_an_earlier_export_is_removed(run, tmp_path):
         (out / name).write_text("of another model")
     export.export_student(str(path / "config.yaml"), out, noise())
     assert sorted(x.name for x in out.iterdir()) == [
-        "model_card.md", "model_final.pth", "notes.txt", "student_config.yaml",
+        "classes.json", "model_card.md", "model_final.pth", "notes.txt", "student_config.yaml",
     ]  # fmt: skip
 
 
@@ -346,7 +383,13 @@ def test_the_command(run, tmp_path):
     assert len(done.stdout.splitlines()) == 4
     assert "| licence of the weights | MIT |" in (tmp_path / "out" / "model_card.md").read_text()
     assert_one_line(tool("--image", "gone.png"), "no picture to compare on .*--image")
-    assert_one_line(tool("--weights", "gone.pth"), "checkpoint not found: gone.pth")
+    done = tool("--weights", "gone.pth")
+    assert_one_line(done, "checkpoint not found: gone.pth; change --weights")
+    done = tool("--help").stdout
+    # As a shell takes it; and what no help says is not there to be found.
+    assert "student_config.yaml \\\n        --out exported" in done
+    assert not re.findall(r"^  --[\w-]+(?: [A-Z_]+)?\n(?=  -|$)", done, re.M)
+    assert "torch.optim.swa_utils.AveragedModel" in " ".join(done.split())
     done = tool("--image", tmp_path / "a.png", "--out", config / "x")
     assert_one_line(done, "cannot be written.*change --out")
     done = tool("--opts", "DATASETS.TEST", "[]")

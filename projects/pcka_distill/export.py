@@ -19,6 +19,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.export import TracingAdapter
 from detectron2.modeling import GeneralizedRCNN
+from PIL.Image import DecompressionBombError
 from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 from tqdm import tqdm
@@ -49,7 +50,8 @@ _TRACERS = (
 _NO_CHANGE = {"TRUST_CONFIG", "TRUST_CHECKPOINT", "MODEL.DEVICE"}
 _FILES = {"torchscript": "model.ts", "onnx": "model.onnx"}
 # All that an export writes.
-_WRITTEN = ("model_final.pth", "student_config.yaml", "model_card.md", *_FILES.values())
+_WRITTEN = ("model_final.pth", "student_config.yaml", "classes.json", "model_card.md",
+            *_FILES.values())  # fmt: skip
 
 Image = np.ndarray[Any, Any]
 
@@ -74,8 +76,9 @@ def find_image(path: str, config: str, opts: Sequence[Any] = ()) -> Image:
             return found
         if record["file_name"]:
             return read_image(record["file_name"], format="RGB")
-    except (OSError, ValueError, SyntaxError) as e:
-        # What Pillow and the readers of a dataset raise of files that are not there or damaged.
+    except (OSError, ValueError, SyntaxError, LookupError, DecompressionBombError) as e:
+        # What Pillow and the readers of a dataset raise of files that are not there or damaged, of
+        # pictures of gigabytes, of records without a file and of datasets without records.
         raise UserError(f"no picture to compare on ({reason(e)}); name one with --image") from e
     raise UserError("name a picture with --image, on which to compare what is written")
 
@@ -120,7 +123,8 @@ def export_student(
 ) -> list[str]:
     """Write a student into a folder: checkpoint, config, model card, and perhaps graphs of it.
 
-    The folder is complete: it names no other, and is what ``tools/predict.py`` takes. All that is
+    The folder is complete: it names no other, and is what ``tools/predict.py`` takes, with the
+    names of its classes where they are known. All that is
     written is read again and compared with the model it came from. Files of an earlier export are
     removed first.
 
@@ -155,6 +159,11 @@ def export_student(
         for name in _WRITTEN:
             # A graph of other weights would pass for one of these.
             (folder / name).unlink(missing_ok=True)
+        names = {"classes": predictor.classes, "stuff": predictor.stuff}
+        known = {k: list(v) for k, v in names.items() if v}
+        if known:
+            text = json.dumps(known, indent=1)
+            write_whole(folder / "classes.json", lambda f: f.write(text.encode()))
         steps.set_description("export checkpoint")
         lines.append(_write_checkpoint(predictor, folder, image, half))
         for kind in formats:
@@ -476,6 +485,8 @@ def _card(
             results = "\n## Results\n\n" + head + "".join(rows)
     facts |= fields
     table = "\n".join(f"| {k} | {v} |" for k, v in facts.items())
+    if names:
+        lines = [*lines, "classes.json: the names of the classes"]
     files = "\n".join(f"- {x}" for x in lines)
     return (
         f"# {type(model).__name__}\n\n| | |\n|---|---|\n{table}\n{results}\n"
