@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import io
 import json
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -408,32 +409,28 @@ def _megabytes(path: Path) -> str:
     return f"{path.stat().st_size / 1e6:.1f} MB"
 
 
-def _run_of(run: Path, lazily: bool) -> tuple[dict[str, str], Any]:
+def _run_of(run: Path) -> tuple[dict[str, str], Any]:
     """By what a run was taught, and its results."""
-    if lazily:
-        model = LazyConfig.load(str(run / "config.yaml")).model
-        losses = {x["_target_"].rpartition(".")[2]: x for x in model.get("losses") or ()}
-        weights = {k: x.get("weight", "of its default") for k, x in losses.items()}
-        teacher = model.get("teacher") or {}
-        config = teacher.get("config", "")
-        names = [config if isinstance(config, str) else "a LazyConfig", teacher.get("weights", "")]
-        file = run / "results.json"
-        try:
-            results = json.loads(file.read_text())["results"] if file.is_file() else {}
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{file} cannot be read: {reason(e)}; correct or remove it") from e
+    left = read_run("", run)
+    keys, weights = left.config, {}
+    if left.lazy:
+        for key in [x for x in keys if re.fullmatch(r"model\.losses\.\d+\._target_", x)]:
+            weight = keys.get(key.replace("_target_", "weight"), "of its default")
+            weights[str(keys[key]).rpartition(".")[2]] = weight
+        prefix, config, file = "model.teacher.", "config", "weights"
     else:
-        left = read_run("", run)
-        keys, results = left.config, left.results.get("results", {})
         taught = keys.get("MODEL.META_ARCHITECTURE") == "DistillationModel"
-        kinds = keys.get("MODEL.DISTILL.LOSSES") if taught else None
-        weights = {k: keys.get(f"MODEL.DISTILL.{k.upper()[:-4]}.WEIGHT") for k in kinds or ()}
-        names = [str(keys.get(f"MODEL.DISTILL.TEACHER.{x}")) for x in ("CONFIG_FILE", "WEIGHTS")]
+        for name in (taught and keys.get("MODEL.DISTILL.LOSSES")) or ():
+            weights[name] = keys.get(f"MODEL.DISTILL.{name.upper()[:-4]}.WEIGHT")
+        prefix, config, file = "MODEL.DISTILL.TEACHER.", "CONFIG_FILE", "WEIGHTS"
+    results = left.results.get("results", {})
     if not weights:
         return {}, results
+    # Of a teacher whose config is no file there is no name.
+    teacher = keys.get(prefix + config, "a LazyConfig"), keys.get(prefix + file)
     return {
         # Where they lay says nothing to others.
-        "taught by": " with ".join(Path(x).name for x in names if x),
+        "taught by": " with ".join(Path(str(x)).name for x in teacher if x),
         "distillation losses": ", ".join(f"{k} (weight {w})" for k, w in weights.items()),
     }, results
 
@@ -474,7 +471,7 @@ def _card(
     }
     results = "\nThese weights were not evaluated.\n"
     if (run / "config.yaml").is_file():
-        taught, left = _run_of(run, predictor.config is not None)
+        taught, left = _run_of(run)
         facts |= taught
         rows = [
             f"| {dataset} | {task} | {', '.join(f'{k} {v:.1f}' for k, v in metrics.items())} |\n"
