@@ -514,7 +514,7 @@ def draw_cka(
     try:
         write_whole(folder / "cka.json", lambda f: f.write(text))
     except OSError as e:
-        raise UserError(f"{folder / 'cka.json'} cannot be written: {reason(e)}") from e
+        raise UserError(f"{folder}/cka.json cannot be written: {reason(e)}; change --out") from e
     return values
 
 
@@ -570,7 +570,7 @@ def _draw_channels(path: Path, found: Mapping[str, Mapping[str, Tensor]]) -> Non
     if not levels:
         _draw_nothing(path, "no channels to compare:\nthe config has no PCKA, or widths differ")
         return
-    figure, grid = figure_of(len(levels), 1, 3.4, 2.8)
+    figure, grid = figure_of(len(levels), 1, 3.4, 2.7 + 0.18 * len(found))
     for level, axis in zip(levels, grid[0]):
         for title, channels in found.items():
             if level in channels:
