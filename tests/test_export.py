@@ -54,10 +54,14 @@ for run in sorted(x for x in folder.iterdir() if x.is_dir()):
 """
 
 
-def make_run(path, family, weights):
+# Sure of nothing.
+BLIND = ("MODEL.FCOS.SCORE_THRESH_TEST", 0.999, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.999)
+
+
+def make_run(path, family, weights, *opts):
     """A folder of a run of a family, as training leaves it."""
     path.mkdir()
-    cfg = distill_cfg(family, weights, *EAGER, "MODEL.DEVICE", "cpu")
+    cfg = distill_cfg(family, weights, *EAGER, "MODEL.DEVICE", "cpu", *opts)
     cfg.OUTPUT_DIR = str(path)
     (path / "config.yaml").write_text(cfg.dump())
     state = torch.load(weights, weights_only=True)["model"]
@@ -78,8 +82,11 @@ def run(teacher_files, tmp_path):
 def graphs(teacher_files, tmp_path_factory):
     """Family -> what its export left; the classifier is one of them."""
     folder = tmp_path_factory.mktemp("graphs")
-    for family in TRACED:
-        if family == "classifier":
+    for family in (*TRACED, "blind"):
+        if family == "blind":
+            path = make_run(folder / family, "fcos", teacher_files["fcos"], *BLIND)
+            sizes = (70, 110)
+        elif family == "classifier":
             path = folder / family
             path.mkdir()
             cfg = digits_cfg("classifier_student", "MODEL.DEVICE", "cpu")
@@ -281,12 +288,24 @@ def test_an_earlier_export_is_removed(run, tmp_path):
     ]  # fmt: skip
 
 
-# It finds nothing in noise.
-BLIND = ("MODEL.FCOS.SCORE_THRESH_TEST", 0.999)
+def test_graphs_are_compared_where_nothing_is_found(graphs):
+    """In a copy that keeps every object; what is written has its threshold."""
+    path = graphs / "blind"
+    for line in (path / "lines.txt").read_text().splitlines()[1:]:
+        assert re.search(r"in a copy without score threshold, on images .*\([1-9] objects\)", line)
+        assert line.endswith("with it nothing is found")
+    image = torch.load(path / "prepared.pth")
+    session = onnxruntime.InferenceSession(str(path / "out" / "model.onnx"))
+    for boxes in (
+        torch.load(path / "found.pth")[0],
+        session.run(None, {"image": image.numpy()})[0],
+    ):
+        assert boxes.shape == (0, 4)
 
 
-def test_graphs_are_compared_on_something(run, tmp_path):
-    path, out = run("fcos"), tmp_path / "out"
+def test_a_graph_that_cannot_be_compared(run, tmp_path):
+    """What is computed of each object is traced with objects alone."""
+    path, out = run("mask_rcnn"), tmp_path / "out"
     with pytest.raises(
         UserError, match=r"finds no object in the picture.* name another with --ima"
     ):

@@ -50,6 +50,8 @@ _TRACERS = (
 # Overrides by which nothing of a model is another.
 _NO_CHANGE = {"TRUST_CONFIG", "TRUST_CHECKPOINT", "MODEL.DEVICE"}
 _FILES = {"torchscript": "model.ts", "onnx": "model.onnx"}
+# What all of Detectron2's detectors call it.
+_THRESHOLD = "test_score_thresh"
 # All that an export writes.
 _WRITTEN = ("model_final.pth", "student_config.yaml", "classes.json", "model_card.md",
             *_FILES.values())  # fmt: skip
@@ -143,7 +145,7 @@ def export_student(
 
     Raises:
         UserError: no checkpoint, a model that cannot be exported, one that came out different, or a
-            picture in which it finds nothing to compare.
+            picture in which it finds nothing, where that can be compared in no other way.
     """
     for taken in {Path(config).resolve().parent, Path(weights or config).resolve().parent}:
         if folder.resolve() == taken or (folder / "last_checkpoint").exists():
@@ -272,7 +274,13 @@ def _check_traced(predictor: Predictor, image: Image) -> None:
     kind = type(predictor.model).__name__
     if kind == "PanopticFPN":
         raise UserError("Detectron2's exporter knows no PanopticFPN; leave out --formats")
-    if _count(*_flat_outputs(predictor.model, predictor.prepare(image))) == 0:
+    outputs, names = _flat_outputs(predictor.model, predictor.prepare(image))
+    if _count(outputs, names) != 0:
+        return
+    with _every_object(predictor.model):
+        every, _ = _flat_outputs(predictor.model, predictor.prepare(image))
+    # What is computed of each object is not traced without one.
+    if "pred_masks" in names or _count(every, names) == 0:
         raise UserError(
             f"the {kind} finds no object in the picture, on which a graph could be compared with "
             "it; name another with --image, or leave out --formats"
@@ -281,11 +289,30 @@ def _check_traced(predictor: Predictor, image: Image) -> None:
 
 def _trace(predictor: Predictor, image: Image, folder: Path, kind: str) -> str:
     """By Detectron2's exporter; compared on the image, and on it in another size."""
-    model = predictor.model
-    prepared = predictor.prepare(image)
-    adapter = _adapter(model, prepared)
-    outputs, names = _flat_outputs(model, prepared)
+    model, prepared = predictor.model, predictor.prepare(image)
     path = folder / _FILES[kind]
+    data, names = _graph(model, prepared, kind)
+    worst, seen, count = _prove(model, prepared, data, path, kind)
+    how = f"on images of {seen}"
+    if count == 0:
+        # Nothing is equal to nothing, whatever the graph does: one of the same model that keeps
+        # every object is made in the same way.
+        with _every_object(model):
+            every, _ = _graph(model, prepared, kind)
+            worst, seen, _ = _prove(model, prepared, every, path, kind)
+        how = f"in a copy without score threshold, on images of {seen}; with it nothing is found"
+    write_whole(path, lambda f: f.write(data))
+    return (
+        f"{path.name}, {_megabytes(path)}: image (3, H, W) {prepared['image'].dtype} -> "
+        f"{', '.join(names)}; differs from the student by up to {worst:.1e} of the largest value, "
+        f"{how}"
+    )
+
+
+def _graph(model: nn.Module, prepared: dict[str, Any], kind: str) -> tuple[bytes, list[str]]:
+    """A file of the model, and what its outputs are called."""
+    adapter = _adapter(model, prepared)
+    _, names = _flat_outputs(model, prepared)
     data = io.BytesIO()
     # A graph that fails is printed by torch, all of it.
     quiet = contextlib.redirect_stdout(io.StringIO())
@@ -307,11 +334,19 @@ def _trace(predictor: Predictor, image: Image, folder: Path, kind: str) -> str:
             # Of tracing: a dozen kinds, in torch and in onnx.
             why = reason(e)[:_SHORT]
             raise UserError(f"{type(model).__name__} cannot be exported as {kind}: {why}") from e
+    return data.getvalue(), names
+
+
+def _prove(
+    model: nn.Module, prepared: dict[str, Any], data: bytes, path: Path, kind: str
+) -> tuple[float, str, int | None]:
+    """How a graph differs from the model, on which images, and the objects on the first."""
     # It gets its name when it is known to be right.
     with tempfile.TemporaryDirectory() as temporary:
         unproven = Path(temporary, path.name)
-        unproven.write_bytes(data.getvalue())
+        unproven.write_bytes(data)
         run = _runner(unproven, kind)
+    outputs, names = _flat_outputs(model, prepared)
     worst = _compare(outputs, run(prepared["image"]), path)
     seen = [_size(prepared["image"], _count(outputs, names))]
     # A classifier has one size.
@@ -322,12 +357,20 @@ def _trace(predictor: Predictor, image: Image, folder: Path, kind: str) -> str:
         expected, _ = _flat_outputs(model, {"image": other})
         worst = max(worst, _compare(expected, run(other), path))
         seen.append(_size(other, _count(expected, names)))
-    write_whole(path, lambda f: f.write(data.getvalue()))
-    return (
-        f"{path.name}, {_megabytes(path)}: image (3, H, W) {adapter.flattened_inputs[0].dtype} -> "
-        f"{', '.join(names)}; differs from the student by up to {worst:.1e} of the largest value, "
-        f"on images of {' and '.join(seen)}"
-    )
+    return worst, " and ".join(seen), _count(outputs, names)
+
+
+@contextlib.contextmanager
+def _every_object(model: nn.Module) -> Iterator[None]:
+    """Detectron2's detectors without their score threshold."""
+    found = {x: getattr(x, _THRESHOLD) for x in model.modules() if hasattr(x, _THRESHOLD)}
+    try:
+        for module in found:
+            setattr(module, _THRESHOLD, 0.0)
+        yield
+    finally:
+        for module, value in found.items():
+            setattr(module, _THRESHOLD, value)
 
 
 def _size(image: Tensor, count: int | None) -> str:
