@@ -50,8 +50,8 @@ ALLOWED = {
     "inference": {"errors", "adapters", "build", "classifier", "data", "engine", "lazy"},
     "predict": {"errors", "tool", "checkpoint", "drawing", "inference"},
     "visualize": {
-        "errors", "build", "checkpoint", "functional", "losses", "recorder", "meta_arch", "engine",
-        "drawing", "inference",
+        "errors", "build", "checkpoint", "functional", "losses", "meta_arch", "engine", "drawing",
+        "inference",
     },
     "report": {"errors", "checkpoint", "drawing", "visualize"},
     "export": {"errors", "checkpoint", "classifier", "engine", "inference", "report"},

@@ -15,19 +15,21 @@ import argparse
 from pathlib import Path
 
 from pcka_distill.errors import UserError
-from pcka_distill.inference import load_config
+from pcka_distill.inference import errors_of_a_tool, load_config
 from pcka_distill.tool import run_tool, tool_parser
 from pcka_distill.visualize import draw_cka, named_folders
 
 
 def main(args: argparse.Namespace) -> None:
     """Measure, draw, and print what was measured."""
-    cfg = load_config(args.config_file, args.opts)
-    dataset = args.dataset or next(iter((*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)), "")
-    if not dataset:
-        raise UserError("the config names no dataset; name one with --dataset")
-    students = named_folders(args.students)
-    for title, levels in draw_cka(cfg, students, dataset, args.out, args.images).items():
+    with errors_of_a_tool(args.opts):
+        cfg = load_config(args.config_file, args.opts)
+        dataset = args.dataset or next(iter((*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)), "")
+        if not dataset:
+            raise UserError("the config names no dataset; name one with --dataset")
+        students = named_folders(args.students)
+        found = draw_cka(cfg, students, dataset, args.out, args.images)
+    for title, levels in found.items():
         print(f"{title}: " + ", ".join(f"{k} {v:.3f}" for k, v in levels.items()))
     print(f"CKA with the teacher on images of {dataset}; pictures in {args.out}")
 

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from pcka_distill.errors import UserError
+from pcka_distill.inference import errors_of_a_tool
 from pcka_distill.tool import run_tool, tool_parser
 from pcka_distill.visualize import draw_results, named_folders
 
@@ -20,7 +21,10 @@ def main(args: argparse.Namespace) -> None:
     if args.images < 1:
         raise UserError(f"--images is {args.images}; it must be positive")
     runs = named_folders(args.runs)
-    draw_results(args.out, args.dataset, runs, images=args.images, score=args.score)
+    with errors_of_a_tool(args.opts):
+        draw_results(
+            args.out, args.dataset, runs, images=args.images, score=args.score, opts=args.opts
+        )
     print(args.out)
 
 
@@ -35,4 +39,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--images", type=int, default=6, help="how many; default 6, at most 24")
     parser.add_argument("--score", type=float, default=0.4, help="threshold; default 0.4")
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="overrides, last: KEY VALUE ..."
+    )
     run_tool(parser, main)

@@ -139,7 +139,13 @@ def _checkpoint_in(path: str) -> str:
 
 
 def draw_results(
-    path: Path, dataset: str, runs: Mapping[str, str], *, images: int, score: float
+    path: Path,
+    dataset: str,
+    runs: Mapping[str, str],
+    *,
+    images: int,
+    score: float,
+    opts: Sequence[Any] = (),
 ) -> None:
     """The first images of a dataset: the truth, and what each student of some runs detects.
 
@@ -149,6 +155,7 @@ def draw_results(
         runs: title -> OUTPUT_DIR of a run, with ``student_config.yaml`` and ``model_final.pth``.
         images: how many, at most 24.
         score: what is scored lower is not drawn.
+        opts: of the students' configs, see :meth:`.Predictor.load`.
 
     Raises:
         UserError: a dataset without boxes, a folder without a run, other classes, or a picture
@@ -174,7 +181,7 @@ def draw_results(
     total = len(runs) * len(pictures)
     with tqdm(total=total, desc="detect", unit="image", disable=None) as bar:
         for title, folder in runs.items():
-            predictor = Predictor.load(str(Path(folder) / "student_config.yaml"))
+            predictor = Predictor.load(str(Path(folder) / "student_config.yaml"), "", opts)
             rows.append(Row(title, _detect(predictor, pictures, score, names, bar)))
     caption = f"scores above {score}: green boxes are right, red ones are wrong"
     save_figure(detection_grid(pictures, truth, rows, names, caption), path)
