@@ -304,6 +304,18 @@ def test_a_pickle_that_asks_for_room_without_end(tiny, tmp_path):
         load_teacher_weights(tiny, str(path))
 
 
+def test_a_weight_that_is_marked_as_a_folder(tiny, tmp_path):
+    """By one bit of the archive's list of files: torch reads zeros, and no checksum is wrong."""
+    raw = bytearray(archive({"model": tiny.state_dict()}))
+    # The entry of a weight in that list; 38 bytes after its beginning are the attributes.
+    at = raw.index(b"/data/2", raw.index(b"PK\x01\x02"))
+    entry = raw.rindex(b"PK\x01\x02", 0, at)
+    raw[entry + 38] |= 0x10
+    (tmp_path / "x.pth").write_bytes(bytes(raw))
+    with pytest.raises(UserError, match="data/2 is marked as a folder"):
+        load_teacher_weights(tiny, str(tmp_path / "x.pth"))
+
+
 class Reduced:
     """Pickled as the call of a function, and then a state."""
 

@@ -34,6 +34,8 @@ __all__ = [
 
 _PARTIAL = ".partial"
 _MOST_CHANNELS = 64
+# Of the attributes of a file in a zip archive.
+_DOS_FOLDER = 0x10
 
 
 def hide_prefix(module: nn.Module, inner: str, besides: str = "") -> None:
@@ -254,6 +256,10 @@ class _SafeReader(Checkpointer):
                 if any(x.compress_type != zipfile.ZIP_STORED for x in archive.infolist()):
                     # A few kilobytes could become any number of gigabytes.
                     raise OSError("it is compressed, which checkpoints of torch never are")
+                folders = [x.filename for x in archive.infolist() if x.external_attr & _DOS_FOLDER]
+                if folders:
+                    # torch would read zeros.
+                    raise OSError(f"{folders[0]} is marked as a folder")
                 damaged = archive.testzip()
             if damaged:
                 raise OSError(f"the checksum of {damaged} is wrong")
