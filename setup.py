@@ -51,6 +51,8 @@ setup(
         "fvcore",
         "iopath",
         "numpy",
+        "omegaconf",
+        "Pillow",
         "pycocotools",
         "PyYAML",
         "tabulate",

@@ -1,6 +1,8 @@
 """What `python -m build` makes is complete, and works where it is installed."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -81,13 +83,37 @@ def test_the_wheel_is_complete(built):
     assert "pcka-predict = pcka_distill.predict:cli" in scripts
 
 
+# What is imported -> what it is called where it is installed from.
+NAMES = {"PIL": "pillow", "cv2": "opencv-python-headless", "sklearn": "scikit-learn"}
+NAMES |= {"yaml": "pyyaml"}
+
+
+def test_what_is_imported_is_declared(built):
+    """But for Detectron2, which brings torchvision and is not on the index."""
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(x for x in archive.namelist() if x.endswith("METADATA"))
+        metadata = archive.read(name).decode()
+        found = set()
+        for module in (x for x in archive.namelist() if x.endswith(".py") and "configs/" not in x):
+            for node in ast.walk(ast.parse(archive.read(module))):
+                if isinstance(node, ast.Import):
+                    found |= {x.name.split(".")[0] for x in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                    found.add(node.module.split(".")[0])
+    declared = {x.lower() for x in re.findall(r"^Requires-Dist: ([\w-]+)", metadata, re.M)}
+    own = {"pcka_distill", "detectron2", "torchvision", "timm"} | sys.stdlib_module_names
+    assert {NAMES.get(x, x.lower()) for x in found - own} <= declared
+
+
 def test_the_sdist_has_what_builds_it(built):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {x.split("/", 1)[-1] for x in archive.getnames()}
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"} <= names
     assert names >= CONFIGS
-    assert not [x for x in names if x.startswith(("output", "datasets", ".venv"))]
+    # Not its tests either, which need the whole repository.
+    assert not [x for x in names if x.startswith(("output", "datasets", ".venv", "tests"))]
 
 
 def test_it_works_where_it_is_installed(venv, digits, tmp_path):
