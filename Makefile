@@ -41,4 +41,5 @@ bench: env
 	$(BIN)/python benchmarks/bm_performance.py
 	$(BIN)/python tools/compare.py benchmarks/comparison.yaml
 	$(BIN)/python tools/compare.py benchmarks/segmentation.yaml
+	$(BIN)/python tools/compare.py benchmarks/instances.yaml
 	$(BIN)/python tools/compare.py benchmarks/classification.yaml

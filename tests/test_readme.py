@@ -165,13 +165,18 @@ def test_numbers_are_those_of_the_comparison(start, section):
         (
             "segmentation", "(`configs/Digits/sem_seg_",
             {"alone": "student alone", "RCKA": "RCKA, pixels as samples",
-             "KD": "KD of every pixel", "PCKA signed": "PCKA, signed"},
+             "KD": "KD of every pixel", "PKD": "PKD", "PCKA signed": "PCKA, signed"},
+        ),
+        (
+            "instances", "(`configs/Digits/mask_rcnn_",
+            {"alone": "student alone", "PCKA signed": "PCKA, signed",
+             "PCKA signed + KD": "PCKA (signed) + KD"},
         ),
     ],
 )  # fmt: skip
 def test_other_numbers_are_those_of_their_pages(name, after, rows):
     page = (REPO / "benchmarks" / f"{name}.md").read_text()
-    text = README.split(after)[1].split("And scikit-learn")[0].split("\n\n")[0]
+    text = re.split(r"Masks of|And scikit-learn", README.split(after)[1])[0].split("\n\n")[0]
     text = " ".join(text.split())
     for said, method in rows.items():
         row = re.search(rf"^\| {re.escape(method)} \|.*$", page, re.M)[0].split("|")
