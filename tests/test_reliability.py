@@ -58,6 +58,29 @@ def test_weight_0_is_stock_detectron2_after_fifty_steps(family, teacher_files):
     assert all(torch.equal(x, found[k]) for k, x in expected.items())
 
 
+@pytest.mark.parametrize("family", ["retinanet", "faster_rcnn", "sem_seg"])
+def test_deterministic_runs_are_equal(family, teacher_files, tmp_path, monkeypatch):
+    """And torch has been told to refuse what is not."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    cfg = distill_cfg(family, teacher_files[family], "MODEL.DEVICE", "cpu")
+    (tmp_path / "x.yaml").write_text(cfg.dump())
+    opts = ["SOLVER.DETERMINISTIC", "True", "SOLVER.MAX_ITER", "3", "DATASETS.TEST", "()"]
+    opts += ["SOLVER.IMS_PER_BATCH", "4", "SEED", "3"]
+    try:
+        for name in "ab":
+            args = ["--config-file", str(tmp_path / "x.yaml"), *opts]
+            args += ["OUTPUT_DIR", str(tmp_path / name)]
+            main(default_argument_parser().parse_args(args))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark and os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    a, b = (torch.load(tmp_path / x / "model_final.pth", weights_only=True) for x in "ab")
+    assert all(torch.equal(x, b["model"][k]) for k, x in a["model"].items())
+
+
 def test_the_teacher_is_the_same_after_training(teacher_files):
     names = [x for x in LOSSES if x != "DKDLoss"]
     model = build_distilled(

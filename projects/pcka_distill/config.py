@@ -31,6 +31,9 @@ def add_pcka_distill_config(cfg: CN) -> None:
     # Every so many iterations, log what share each loss has in the student's gradient; 0 for never.
     # It costs a backward for each loss.
     cfg.SOLVER.GRADIENT_MONITOR_PERIOD = 0
+    # Let torch use only what gives the same numbers in every run, of a GPU too; slower. What it has
+    # in no such way ends the run.
+    cfg.SOLVER.DETERMINISTIC = False
     # How many images may be unreadable before the run stops; others stand in for them.
     cfg.DATALOADER.MAX_UNREADABLE = 0
     # Let a config name functions to call. No file can set it: it is for the command line.

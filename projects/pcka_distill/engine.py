@@ -731,6 +731,11 @@ def _announce(
         # A name under configs/, which default_setup would look for where one stands.
         args.config_file = get_config_file(args.config_file)
     default_setup(kept, args)
+    if cfg.SOLVER.DETERMINISTIC:
+        # Asked for by cuBLAS, before its first product.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True)
     for level, note in notes:
         logger.log(level, note)
     if not (args.resume or args.eval_only) and os.path.exists(last):

@@ -103,6 +103,7 @@ _OURS = {
     "train.accumulation_steps": "SOLVER.ACCUMULATION_STEPS",
     "train.activation_checkpoint": "SOLVER.ACTIVATION_CHECKPOINT",
     "train.skip_nonfinite": "SOLVER.SKIP_NONFINITE",
+    "train.deterministic": "SOLVER.DETERMINISTIC",
     "train.gradient_monitor_period": "SOLVER.GRADIENT_MONITOR_PERIOD",
     "train.max_unreadable": "DATALOADER.MAX_UNREADABLE",
     "train.trust_checkpoint": "TRUST_CHECKPOINT",
