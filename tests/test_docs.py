@@ -354,7 +354,7 @@ def test_the_site_has_every_page(site):
     built = {x.relative_to(site).with_suffix(".md").as_posix() for x in site.rglob("*.html")}
     assert built >= PAGES.keys() | {"CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/comparison.md"}
     assert not list(site.rglob("*.py"))
-    # What can be searched for without a server is in it as well.
+    # What can be searched for is in it as well.
     index = json.loads((site / "search" / "search_index.json").read_text())
     assert any("pcka_loss" in x["title"] for x in index["docs"])
 
