@@ -125,11 +125,13 @@ def check_annotations(file: str, name: str) -> None:
 
 def evaluation_problem(annotation: Record) -> str:
     """The key of a COCO annotation that its evaluation would stumble over, or ""."""
+    number = annotation.get("id")
     right = {
         "area": is_number(annotation.get("area")),
         "iscrowd": annotation.get("iscrowd") in (0, 1),
         "bbox": _are_numbers(annotation.get("bbox")),
-        "id": is_number(annotation.get("id")),
+        # The compiled evaluation keeps it without a sign.
+        "id": is_number(number) and 0 <= number < 2**63,
     }
     return next((key for key, ok in right.items() if not ok), "")
 
