@@ -125,7 +125,7 @@ def check_annotations(file: str, name: str) -> None:
 
 def evaluation_problem(annotation: Record) -> str:
     """The key of a COCO annotation that its evaluation would stumble over, or ""."""
-    number = annotation.get("id")
+    number: Any = annotation.get("id")
     right = {
         "area": is_number(annotation.get("area")),
         "iscrowd": annotation.get("iscrowd") in (0, 1),
