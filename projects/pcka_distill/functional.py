@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pcka_distill.fused import FORMS, Resize, dissimilarity, dissimilarity_, padded
+from pcka_distill.fused import FORMS, Resize, dissimilarity, dissimilarity_, sides, workspace
 
 __all__ = [
     "CHANNEL_FREE_LAYOUTS",
@@ -79,7 +79,7 @@ FILLS = ("zero", "image", "batch")
 # the device.
 _CACHE = 8 << 20
 _DEVICE_BUDGET = 64 << 20
-_LEAST = 2 << 20
+_LEAST = 3 << 20
 
 
 @contextlib.contextmanager
@@ -397,12 +397,19 @@ def _fused_pcka(
     """The loss, and its gradient with respect to the student in at least fp32."""
     order, n_group, n_sample = _PERMUTATIONS[layout]
     groups, n, p = patch_counts(student.shape, patch_size, layout)
+    split = n_group + n_sample
+    # A CKA knows no order of samples or features. Down a column of patches, row by row, is the one
+    # in which the map's rows stay in line, so that both are copied in longer runs.
+    samples, features = order[n_group:split], order[split:]
+    samples, features = (
+        tuple(sorted(x, key=(3, 0, 1, 4, 2, 5).index)) for x in (samples, features)
+    )
     if n > p:
         # intra of X is inter of X^T: have the smaller side relate.
         n, p = p, n
-        split = n_group + n_sample
-        order = order[:n_group] + order[split:] + order[n_group:split]
+        samples, features = features, samples
         intra_weight, inter_weight = inter_weight, intra_weight
+    order = order[:n_group] + samples + features
     inverse = tuple(order.index(i) for i in range(len(order)))
     # Groups are cut off along the channels or the images; positions in a patch cannot be.
     axis = order[0] if n_group == 1 else None
@@ -421,20 +428,20 @@ def _fused_pcka(
     loss = torch.zeros((), dtype=dtype, device=student.device)
     grad = torch.empty_like(student, dtype=dtype) if gradient else None
     # All steps but the last are of one size, and work in the same memory.
-    z, by_x, resize = loss.new_empty(2, 0), None, None
+    z, by_x, resize = loss.new_empty(0), None, None
     for start in range(0, groups, step):
         count = min(step, groups - start)
         parts = [student, teacher] if grad is None else [student, teacher, grad]
         if axis is not None:
             parts = [x.narrow(axis, start, count) for x in parts]
-        if z.shape[1] != count:
-            z = loss.new_zeros(2, count, padded(n), p)
+        if len(z) != count:
+            z = workspace(count, n, p, loss)
             by_x = loss.new_empty(count, n, p) if gradient else None
             resize = Resize(parts[0].shape, raised, z) if raised != student.shape[-2:] else None
-        for side, x in zip(z, parts):
+        for side, x in zip(sides(z, n), parts):
             cells = _cut(resize(x) if resize else x, patch_size)
             by_group = cells.permute(order)
-            side[:, :n].view(by_group.shape).copy_(by_group)
+            side.view(by_group.shape).copy_(by_group)
         loss += dissimilarity_(
             z,
             n,

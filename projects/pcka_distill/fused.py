@@ -24,15 +24,19 @@ so that the products are still made only once, and the corrections are added, ne
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["FORMS", "Resize", "dissimilarity", "dissimilarity_", "padded"]
+__all__ = ["FORMS", "Resize", "dissimilarity", "dissimilarity_", "sides", "workspace"]
 
 #: what a loss makes of a CKA
 FORMS = ("cka", "sqrt", "log", "signed")
+# (outputs, the inputs that they are made of, weights (outputs, inputs)) of each
+Bands = tuple[tuple[slice, slice, Tensor], ...]
+
 # Below it the steep forms go on as straight lines, so that no slope is infinite.
 _FLOOR = 1e-4
 
@@ -62,20 +66,27 @@ def _slope(cka: Tensor, form: str) -> Tensor | float:
 
 @functools.lru_cache(maxsize=256)
 def _bands(
-    size: int, to: int, width: int, dtype: torch.dtype, device: torch.device
-) -> tuple[tuple[slice, slice, Tensor], ...]:
-    """A bilinear resize of one side, in bands of at most a width; none if there is none.
+    size: int, to: int, width: int, backward: bool, dtype: torch.dtype, device: torch.device
+) -> Bands:
+    """A bilinear resize of one side, or its gradient's, in bands; none if its size stays.
 
-    Returns:
-        (outputs, the inputs that they are made of, weights (outputs, inputs)) of each band.
+    Args:
+        size: of what is resized.
+        to: its new size.
+        width: outputs of a band, at most.
+        backward: of the gradient, whose outputs are the resize's inputs.
+        dtype: of the weights.
+        device: likewise.
     """
     if size == to:
         return ()
     eye = torch.eye(size, dtype=dtype, device=device)[None, None]
     matrix = F.interpolate(eye, size=(to, size), mode="bilinear", align_corners=False)[0, 0]
+    if backward:
+        matrix = matrix.mT
     bands = []
-    for start in range(0, to, width):
-        outputs = slice(start, min(start + width, to))
+    for start in range(0, len(matrix), width):
+        outputs = slice(start, min(start + width, len(matrix)))
         used = matrix[outputs].any(0).nonzero()
         inputs = slice(int(used.min()), int(used.max()) + 1)
         bands.append((outputs, inputs, matrix[outputs, inputs].contiguous()))
@@ -96,37 +107,34 @@ class Resize:
 
     def __init__(self, shape: torch.Size, to: tuple[int, int], like: Tensor) -> None:
         b, c, h, w = shape
-        # A core is quickest on the few cells that are not zero, a GPU on one large product.
-        width = 16 if like.device.type == "cpu" else max(to)
-        rows, columns = (_bands(n, m, width, like.dtype, like.device) for n, m in zip((h, w), to))
+        # A core is quickest where few cells of a band are zero, a GPU on one large product.
+        high, across = (8, 16) if like.device.type == "cpu" else (max(h, w, *to),) * 2
         # Height comes first, so that both products are plain matrix products.
         self._small = like.new_empty(h, b, c, w)
-        self._tall = self._small.new_empty(to[0], b, c, w) if rows else self._small
-        self._large = self._small.new_empty(to[0], b, c, to[1]) if columns else self._tall
+        self._tall = like.new_empty(to[0], b, c, w) if h != to[0] else self._small
+        self._large = like.new_empty(to[0], b, c, to[1]) if w != to[1] else self._tall
         small, tall = self._small.view(h, -1), self._tall.view(to[0], -1)
-        self._rows = [(band, small[i], tall[o]) for o, i, band in rows]
         narrow, wide = self._tall.view(-1, w), self._large.view(-1, to[1])
-        self._columns = [(band, narrow[:, i], wide[:, o]) for o, i, band in columns]
+
+        def bands(size: int, to: int, width: int, backward: bool = False) -> Bands:
+            return _bands(size, to, width, backward, like.dtype, like.device)
+
+        self._forward = [(m, small[i], tall[o]) for o, i, m in bands(h, to[0], high)]
+        self._forward += [(narrow[:, i], m.mT, wide[:, o]) for o, i, m in bands(w, to[1], across)]
+        back = [(wide[:, i], m.mT, narrow[:, o]) for o, i, m in bands(w, to[1], across, True)]
+        self._backward = back + [(m, tall[i], small[o]) for o, i, m in bands(h, to[0], high, True)]
 
     def __call__(self, x: Tensor) -> Tensor:
         """The resized maps (B, C, H', W') of x."""
         self._small.copy_(x.permute(2, 0, 1, 3))
-        for band, small, tall in self._rows:
-            torch.mm(band, small, out=tall)
-        for band, narrow, wide in self._columns:
-            torch.mm(narrow, band.mT, out=wide)
+        for a, b, out in self._forward:
+            torch.mm(a, b, out=out)
         return self._large.permute(1, 2, 0, 3)
 
     def gradient(self) -> Tensor:
         """The gradient (B, C, H, W) of x, once that of the resized maps is written over them."""
-        if self._columns:
-            self._tall.zero_()
-        for band, narrow, wide in self._columns:
-            narrow.addmm_(wide, band)
-        if self._rows:
-            self._small.zero_()
-        for band, small, tall in self._rows:
-            small.addmm_(band.mT, tall)
+        for a, b, out in self._backward:
+            torch.mm(a, b, out=out)
         return self._small.permute(1, 2, 0, 3)
 
 
@@ -140,24 +148,21 @@ def _varies(left: Tensor, lost: Tensor) -> Tensor:
 
 
 def _signed_(
-    z: Tensor,
-    n: int,
-    grad: Tensor | None,
-    *,
-    center: bool,
-    parts: tuple[tuple[float | Tensor, int], ...],
+    both: Tensor, grad: Tensor | None, weight: Tensor, dims: Sequence[int], *, center: bool
 ) -> Tensor:
-    """weight * (1 - <X, Y> / (|X| |Y|)), X and Y centred over a dimension, summed over the parts.
+    """weight * (1 - <X, Y> / (|X| |Y|)), X and Y centred over a dimension, summed.
 
     Args:
-        z, n, grad: see :func:`dissimilarity_`.
-        center: likewise.
-        parts: (weight, dimension to centre over), those of no weight left out.
+        both: (2, G, N, P), X and Y.
+        grad: see :func:`dissimilarity_`.
+        weight: (1 or 2, 1 or G, 1, 1), of each dimension.
+        dims: the dimensions to centre over.
+        center: whether to.
     """
-    loss = z.new_zeros(())
+    loss = both.new_zeros(())
     made = []
-    for weight, dim in parts:
-        x = z[:, :, :n]
+    for weight_, dim in zip(weight, dims):
+        x = both
         lost = x.new_zeros(())
         if center:
             mean = x.mean(dim, keepdim=True)
@@ -168,52 +173,32 @@ def _signed_(
         inverse = torch.where(varies, square, 1).rsqrt() * varies
         x = x * inverse
         similarity = (x[0] * x[1]).sum((-2, -1), keepdim=True)
-        loss += (weight * torch.where(varies[1], 1 - similarity, 0)).sum()
+        loss += (weight_ * torch.where(varies[1], 1 - similarity, 0)).sum()
         if grad is not None:
-            made.append((x[0] * similarity - x[1]) * (weight * inverse[0]))
+            made.append((x[0] * similarity - x[1]) * (weight_ * inverse[0]))
     if grad is not None:
         grad.copy_(sum(made[1:], made[0]))
     return loss
 
 
-def _relation(
-    grams: Tensor, m: Tensor | None, lost: Tensor, weight: float | Tensor, form: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One relation of G pairs: intra of K and L, or inter if M is given.
-
-    Args:
-        grams: (2, G, N, N), K and L, centred.
-        m: (G, N, N), likewise.
-        lost: (2, G, 1, 1), the traces of what centring took out.
-        weight: of the relation, one or (G, 1, 1).
-        form: one of :data:`FORMS`.
-
-    Returns:
-        weight * the dissimilarity, summed over the pairs, and two (G, N, N): its gradient is the
-        first times X plus the second times Y, or for intra, where both are of X, times X.
-    """
-    trace = grams.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    varies = _varies(trace, lost)
-    # A CKA does not depend on the scale: Grams of unit trace can be squared, whatever theirs was.
-    scale = torch.where(varies, trace, 1).reciprocal() * varies
-    k, l = grams = grams * scale
-    root = scale.sqrt()
-    other = l if m is None else m * (root[0] * root[1])
-    norms = torch.linalg.vector_norm(grams, dim=(-2, -1), keepdim=True)
-    inverse = torch.where(varies, norms, 1).reciprocal() * varies
-    product = inverse[0] * inverse[1]
-    dot = (k * l if m is None else other.square()).sum((-2, -1), keepdim=True)
-    cka = dot * product
-    loss = (weight * torch.where(varies[1], dissimilarity(cka, form), 0)).sum()
-    twice = 2 * weight * _slope(cka, form)
-    of_k = k * (twice * scale[0] * cka * inverse[0].square())
-    factor = scale[0] if m is None else root[0] * root[1]
-    return loss, of_k, other * (-twice * factor * product)
-
-
 def padded(n: int) -> int:
     """How many rows to give N samples: products are quicker on multiples of 8."""
     return n if n < 16 else -(-n // 8) * 8
+
+
+def workspace(groups: int, n: int, p: int, like: Tensor) -> Tensor:
+    """What :func:`dissimilarity_` works in, of a tensor's type and on its device.
+
+    Returns:
+        (G, R, P), zeros: rows of X, as many of Y, and three for what centring takes out, so that
+        one product with all of them makes the gradient.
+    """
+    return like.new_zeros(groups, 2 * padded(n) + 3, p)
+
+
+def sides(z: Tensor, n: int) -> Tensor:
+    """X and Y in a :func:`workspace`, (2, G, N, P)."""
+    return z[:, : 2 * padded(n)].unflatten(1, (2, -1))[:, :, :n].transpose(0, 1)
 
 
 def dissimilarity_(
@@ -230,8 +215,8 @@ def dissimilarity_(
     """intra_weight * (1 - CKA) of X and Y + inter_weight * (1 - CKA) of their transposes.
 
     Args:
-        z: (2, G, N', P), X and Y stacked; contiguous, fp32 or fp64, and **overwritten**. Of the N'
-            rows N are samples and the rest zeros. It is fast where N <= P.
+        z: a :func:`workspace`, fp32 or fp64, X and Y in its :func:`sides`; **overwritten**. It is
+            fast where N <= P.
         n: N.
         grad: (G, N, P), written: the gradient with respect to X; None leaves it out.
         center: centre over N for intra, over P for inter.
@@ -243,63 +228,94 @@ def dissimilarity_(
     Returns:
         the sum of the losses over G, a scalar.
     """
-    whole = z
-    z = whole[:, :, :n]
-    _, g, _, p = z.shape
-    pairs = 1.0 if weights is None else weights
+    both = sides(z, n)
+    _, g, _, p = both.shape
+    wanted = [(w, d) for w, d in ((intra_weight, -2), (inter_weight, -1)) if w]
+    # Filled on its device: to send numbers there would make it wait.
+    weight = z.new_empty(len(wanted), 1, 1, 1)
+    for row, (w, _) in zip(weight, wanted):
+        row.fill_(w)
+    if weights is not None:
+        weight = weight * weights
     if form == "signed":
-        wanted = ((intra_weight, -2), (inter_weight, -1))
-        parts = tuple((weight * pairs, dim) for weight, dim in wanted if weight)
-        return _signed_(whole, n, grad, center=center, parts=parts)
+        return _signed_(both, grad, weight, [d for _, d in wanted], center=center)
+
     columns = rows = None
     lost = z.new_zeros(2, g, 1, 1)
     if center and intra_weight:
-        columns = z.mean(-2, keepdim=True)
-        z -= columns
+        columns = both.mean(-2, keepdim=True)
+        both -= columns
         lost += n * columns.square().sum((-2, -1), keepdim=True)
     if center and inter_weight:
-        rows = z.mean(-1, keepdim=True)
-        z -= rows
+        rows = both.mean(-1, keepdim=True)
+        both -= rows
         lost += p * rows.square().sum((-2, -1), keepdim=True)
 
-    x, y = z
-    flat = whole.flatten(0, 1)
-    grams = torch.bmm(flat, flat.mT)[:, :n, :n]
-    intra = inter = grams.unflatten(0, (2, g))
-    m = torch.bmm(whole[0], whole[1].mT)[:, :n, :n] if inter_weight else None
-    left_out = None
-    if m is not None and columns is not None and rows is not None:
-        r = rows.view(2 * g, n, 1)
-        intra = torch.baddbmm(grams, r, r.mT, alpha=p).view(2, g, n, n)
+    end = padded(n)
+    x, y, c = z[:, :end], z[:, end : 2 * end], z[:, 2 * end :]
+    whole = z.new_empty(3 if inter_weight else 2, g, end, end)
+    torch.bmm(x, x.mT, out=whole[0])
+    torch.bmm(y, y.mT, out=whole[1])
+    if inter_weight:
+        torch.bmm(x, y.mT, out=whole[2])
+    # K and L of one or each of the relations, (1 or 2, 2, G, N, N), and M.
+    grams, m = whole[None, :2, :, :n, :n], whole[-1, :, :n, :n]
+    apart = columns is not None and rows is not None
+    if columns is not None and rows is not None:
         # The rows c_x, c_y and 1, which D lacks.
-        left_out = z.new_ones(g, 3, p)
-        c = left_out[:, :2]
-        c.copy_((columns - columns.mean(-1, keepdim=True)).squeeze(2).transpose(0, 1))
-        cc = c @ c.mT
-        (x_cx, x_cy), (y_cx, y_cy) = ((d @ c.mT).split(1, -1) for d in z)
-        half = torch.stack([x_cx + cc[:, :1, :1] / 2, y_cy + cc[:, 1:, 1:] / 2])
-        inter = (inter + half).add_(half.mT)
-        m.add_(x_cy + cc[:, :1, 1:]).add_(y_cx.mT)
+        c[:, :2] = (columns - columns.mean(-1, keepdim=True)).squeeze(2).transpose(0, 1)
+        c[:, 2] = 1
+        cc = c[:, :2] @ c[:, :2].mT
+        of_x, of_y = (c[:, :2] @ z[:, : 2 * end].mT).unflatten(2, (2, -1))[..., :n].unbind(2)
+        m += of_x[:, 1, :, None] + cc[:, :1, 1:]
+        m += of_y[:, 0, None]
+        half = torch.stack([of_x[:, 0] + cc[:, 0, :1] / 2, of_y[:, 1] + cc[:, 1, 1:] / 2])
+        parts = z.new_empty(2, 2, g, n, n)
+        torch.addcmul(grams[0], rows, rows.mT, value=p, out=parts[0])
+        torch.add(grams[0], half[..., None], out=parts[1])
+        parts[1] += half[..., None, :]
+        grams = parts
 
-    loss = z.new_zeros(())
-    of_x = of_y = None
-    lacking = []
-    if m is not None:
-        part, of_x, of_y = _relation(inter, m, lost, inter_weight * pairs, form)
-        loss += part
-        lacking = [of_x.sum(-1, keepdim=True), of_y.sum(-1, keepdim=True)]
+    trace = grams.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    varies = _varies(trace, lost)
+    # A CKA does not depend on the scale: Grams of unit trace can be squared, whatever theirs was.
+    scale = torch.where(varies, trace, 1).reciprocal() * varies
+    grams *= scale
+    norms = torch.linalg.vector_norm(grams, dim=(-2, -1), keepdim=True)
+    inverse = torch.where(varies, norms, 1).reciprocal() * varies
+    product = inverse[:, 0] * inverse[:, 1]
+    dots, factors = [], []
     if intra_weight:
-        part, of_k, of_l = _relation(intra, None, lost, intra_weight * pairs, form)
-        loss += part
-        alone = of_k.add_(of_l)
-        if rows is not None:
-            lacking.append(alone @ rows[0])
-        of_x = alone if of_x is None else of_x.add_(alone)
-    if grad is None or of_x is None:
+        dots.append((grams[0, 0] * grams[0, 1]).sum((-2, -1), keepdim=True))
+        factors.append(scale[0, 0])
+    if inter_weight:
+        root = scale[-1].sqrt()
+        factors.append(root[0] * root[1])
+        m *= factors[-1]
+        dots.append(m.square().sum((-2, -1), keepdim=True))
+    cka = torch.stack(dots) * product
+    loss = (weight * torch.where(varies[:, 1], dissimilarity(cka, form), 0)).sum()
+    if grad is None:
         return loss
-    torch.bmm(of_x, x, out=grad)
-    if of_y is not None:
-        grad.baddbmm_(of_y, y)
-    if left_out is not None:
-        grad.baddbmm_(torch.cat(lacking, -1), left_out)
+
+    # The gradient is a product with X, Y and what D lacks.
+    twice = 2 * weight * _slope(cka, form)
+    of_k = twice * cka * (scale[:, 0] * inverse[:, 0].square())
+    of_other = -twice * product * torch.stack(factors)
+    used = len(z[0]) if apart else 2 * end if inter_weight else end
+    by = z.new_zeros(g, n, used)
+    by_x = by[..., :n]
+    if intra_weight:
+        torch.mul(grams[0, 0], of_k[0], out=by_x)
+        by_x.addcmul_(grams[0, 1], of_other[0])
+        if rows is not None and apart:
+            torch.bmm(by_x, rows[0], out=by[..., -1:])
+    if inter_weight:
+        by_y = by[..., end : end + n]
+        torch.mul(m, of_other[-1], out=by_y)
+        by_x.addcmul_(grams[-1, 0], of_k[-1])
+        if apart:
+            by[..., -3] = grams[1, 0].sum(-1) * of_k[1, ..., 0]
+            by[..., -2] = by_y.sum(-1)
+    torch.bmm(by, z[:, :used], out=grad)
     return loss
