@@ -251,6 +251,25 @@ def test_what_is_not_a_number_stays_visible(side, form):
         assert pcka_loss(*maps, patch_size=4, form=form, **dict(zip(names, weights))).isnan()
 
 
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 1e18, 1e25])
+@pytest.mark.parametrize("size", [8, 7])
+def test_no_finite_loss_has_a_gradient_that_is_not(side, form, center, value, size):
+    """What overflows, too; and the other channels keep theirs."""
+    maps = [rand(2, 3, size, size).clone(), rand(2, 3, size, size, seed=1).clone()]
+    maps[side][0, 0, 2, 2] = value
+    maps[0].requires_grad_()
+    for intra, inter in WEIGHTS:
+        weights = {"intra_weight": intra, "inter_weight": inter}
+        loss = pcka_loss(*maps, patch_size=4, form=form, center=center, **weights)
+        grad = torch.autograd.grad(loss, maps[0])[0]
+        assert loss.isnan() or grad.isfinite().all()
+        assert math.isfinite(value) or loss.isnan()
+        assert grad[:, 1:].isfinite().all() and grad[:, 1:].any()
+
+
 # ---- what it costs, in operations: no seconds ------------------------------------------------
 
 

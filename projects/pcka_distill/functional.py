@@ -36,7 +36,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pcka_distill.fused import FORMS, Resize, dissimilarity, dissimilarity_, sides, workspace
+from pcka_distill.fused import (
+    FORMS,
+    Resize,
+    dissimilarity,
+    dissimilarity_,
+    padded,
+    rows_of,
+    sides,
+    workspace,
+)
 
 __all__ = [
     "CHANNEL_FREE_LAYOUTS",
@@ -77,7 +86,7 @@ FILLS = ("zero", "image", "batch")
 
 # Bytes that are worked in at a time: a core's share of the caches; and, elsewhere, enough to fill
 # the device.
-_CACHE = 8 << 20
+_CACHE = 9 << 20
 _DEVICE_BUDGET = 64 << 20
 _LEAST = 3 << 20
 
@@ -397,13 +406,16 @@ def _fused_pcka(
     """The loss, and its gradient with respect to the student in at least fp32."""
     order, n_group, n_sample = _PERMUTATIONS[layout]
     groups, n, p = patch_counts(student.shape, patch_size, layout)
+    raised = _raised(student.shape, patch_size)
+    resized = raised != student.shape[-2:]
     split = n_group + n_sample
-    # A CKA knows no order of samples or features. Down a column of patches, row by row, is the one
-    # in which the map's rows stay in line, so that both are copied in longer runs.
     samples, features = order[n_group:split], order[split:]
-    samples, features = (
-        tuple(sorted(x, key=(3, 0, 1, 4, 2, 5).index)) for x in (samples, features)
-    )
+    if resized:
+        # A CKA knows no order of samples or features. Down a column of patches, row by row, is
+        # that of what a resize returns, so that both are copied in longer runs.
+        samples, features = (
+            tuple(sorted(x, key=(3, 0, 1, 4, 2, 5).index)) for x in (samples, features)
+        )
     if n > p:
         # intra of X is inter of X^T: have the smaller side relate.
         n, p = p, n
@@ -415,29 +427,41 @@ def _fused_pcka(
     axis = order[0] if n_group == 1 else None
     # Grams of half-precision features overflow.
     dtype = torch.promote_types(student.dtype, torch.float32)
+    loss = torch.zeros((), dtype=dtype, device=student.device)
+    grad = torch.empty_like(student, dtype=dtype) if gradient else None
+    apart = bool(center and intra_weight and inter_weight and form != "signed")
+
     on_cpu = student.device.type == "cpu"
     budget = _CACHE * torch.get_num_threads() if on_cpu else _DEVICE_BUDGET
     # No more than the features themselves; of small ones that is not worth a step.
-    budget = min(budget, max(student.nbytes, _LEAST))
-    raised = _raised(student.shape, patch_size)
-    # Patches of both and the gradient's; the stages of a resize; and half a dozen Grams.
-    resized = student.shape[0] * student.shape[1] * raised[0] * raised[1] // groups
-    values = 3 * n * p + (3 * resized if raised != student.shape[-2:] else 0) + 6 * n * n
-    step = groups if axis is None else max(1, min(groups, budget // (values * dtype.itemsize)))
+    budget = min(budget, max(student.numel() * student.element_size(), _LEAST))
+    # Patches of both and the gradient's; the stages of a resize; and Grams.
+    values = (rows_of(n, apart) + n) * p + (10 if apart else 6) * padded(n) ** 2
+    if resized:
+        values += 3 * student.shape[0] * student.shape[1] * raised[0] * raised[1] // groups
+    step = groups if axis is None else max(1, min(groups, budget // (values * loss.element_size())))
 
-    loss = torch.zeros((), dtype=dtype, device=student.device)
-    grad = torch.empty_like(student, dtype=dtype) if gradient else None
-    # All steps but the last are of one size, and work in the same memory.
-    z, by_x, resize = loss.new_empty(0), None, None
+    # Filled on its device: to send numbers there would make it wait.
+    wanted = [weight / groups for weight in (intra_weight, inter_weight) if weight]
+    weight = loss.new_empty(len(wanted), 1, 1, 1)
+    for row, value in zip(weight, wanted):
+        row.fill_(value)
+    if weights is not None:
+        weight = weight * weights[:, None, None]
+
+    # All steps work in the same memory.
+    z = workspace(step, n, p, loss, apart=apart)
+    by_x = loss.new_empty(step, n, p) if gradient else None
+    resize = None
     for start in range(0, groups, step):
         count = min(step, groups - start)
         parts = [student, teacher] if grad is None else [student, teacher, grad]
         if axis is not None:
             parts = [x.narrow(axis, start, count) for x in parts]
-        if len(z) != count:
-            z = workspace(count, n, p, loss)
-            by_x = loss.new_empty(count, n, p) if gradient else None
-            resize = Resize(parts[0].shape, raised, z) if raised != student.shape[-2:] else None
+        if resized and (resize is None or count < step):
+            resize = Resize(parts[0].shape, raised, loss)
+        if count < step:
+            z, by_x = z[:count], None if by_x is None else by_x[:count]
         for side, x in zip(sides(z, n), parts):
             cells = _cut(resize(x) if resize else x, patch_size)
             by_group = cells.permute(order)
@@ -446,11 +470,11 @@ def _fused_pcka(
             z,
             n,
             by_x,
+            weight if weights is None else weight[:, start : start + count],
+            intra=bool(intra_weight),
+            inter=bool(inter_weight),
             center=center,
-            intra_weight=intra_weight / groups,
-            inter_weight=inter_weight / groups,
             form=form,
-            weights=weights if weights is None else weights[start : start + count, None, None],
         )
         if by_x is not None:
             if not resize:

@@ -1,4 +1,4 @@
-r"""1 - CKA of many pairs at once, with its gradient: five products, and no graph.
+r"""1 - CKA of many pairs at once, with its gradient: four products, and no graph.
 
 What :mod:`pcka_distill.functional` defines, for the case that training spends its time in: the
 plain (biased) estimator, against a teacher that is a constant. The letters are those of its
@@ -7,7 +7,7 @@ legend; X is the student's, Y the teacher's. With K = X X^T, L = Y Y^T and M = X
     intra CKA = <K, L> / (|K| |L|)        inter CKA = |M|^2 / (|K| |L|)
 
 since <X^T X, Y^T Y> = |X Y^T|^2 and |X^T X| = |X X^T|: three products serve both, however large
-P is. Two more make the gradients,
+P is. One more, with X and Y stacked, makes the gradients,
 
     d intra / dX = 2 (L / |L| - intra K / |K|) X / |K|
     d inter / dX = 2 (M Y / |L| - inter K X / |K|) / |K|
@@ -30,7 +30,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["FORMS", "Resize", "dissimilarity", "dissimilarity_", "sides", "workspace"]
+__all__ = [
+    "FORMS",
+    "Resize",
+    "dissimilarity",
+    "dissimilarity_",
+    "padded",
+    "rows_of",
+    "sides",
+    "workspace",
+]
 
 #: what a loss makes of a CKA
 FORMS = ("cka", "sqrt", "log", "signed")
@@ -64,16 +73,16 @@ def _slope(cka: Tensor, form: str) -> Tensor | float:
     return 0.5 / safe.sqrt() if form == "sqrt" else 1 / safe
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=1024)
 def _bands(
-    size: int, to: int, width: int, backward: bool, dtype: torch.dtype, device: torch.device
+    size: int, to: int, width: int | None, backward: bool, dtype: torch.dtype, device: torch.device
 ) -> Bands:
     """A bilinear resize of one side, or its gradient's, in bands; none if its size stays.
 
     Args:
         size: of what is resized.
         to: its new size.
-        width: outputs of a band, at most.
+        width: outputs of a band, at most; None for a single band of all.
         backward: of the gradient, whose outputs are the resize's inputs.
         dtype: of the weights.
         device: likewise.
@@ -84,6 +93,9 @@ def _bands(
     matrix = F.interpolate(eye, size=(to, size), mode="bilinear", align_corners=False)[0, 0]
     if backward:
         matrix = matrix.mT
+    if width is None:
+        # Nothing is asked of the matrix, for which a device would have to be waited for.
+        return ((slice(None), slice(None), matrix),)
     bands = []
     for start in range(0, len(matrix), width):
         outputs = slice(start, min(start + width, len(matrix)))
@@ -108,7 +120,7 @@ class Resize:
     def __init__(self, shape: torch.Size, to: tuple[int, int], like: Tensor) -> None:
         b, c, h, w = shape
         # A core is quickest where few cells of a band are zero, a GPU on one large product.
-        high, across = (8, 16) if like.device.type == "cpu" else (max(h, w, *to),) * 2
+        by_row, by_column = (8, 16) if like.device.type == "cpu" else (None, None)
         # Height comes first, so that both products are plain matrix products.
         self._small = like.new_empty(h, b, c, w)
         self._tall = like.new_empty(to[0], b, c, w) if h != to[0] else self._small
@@ -116,13 +128,16 @@ class Resize:
         small, tall = self._small.view(h, -1), self._tall.view(to[0], -1)
         narrow, wide = self._tall.view(-1, w), self._large.view(-1, to[1])
 
-        def bands(size: int, to: int, width: int, backward: bool = False) -> Bands:
-            return _bands(size, to, width, backward, like.dtype, like.device)
+        def bands(backward: bool) -> tuple[Bands, Bands]:
+            facts = (backward, like.dtype, like.device)
+            return _bands(h, to[0], by_row, *facts), _bands(w, to[1], by_column, *facts)
 
-        self._forward = [(m, small[i], tall[o]) for o, i, m in bands(h, to[0], high)]
-        self._forward += [(narrow[:, i], m.mT, wide[:, o]) for o, i, m in bands(w, to[1], across)]
-        back = [(wide[:, i], m.mT, narrow[:, o]) for o, i, m in bands(w, to[1], across, True)]
-        self._backward = back + [(m, tall[i], small[o]) for o, i, m in bands(h, to[0], high, True)]
+        rows, columns = bands(backward=False)
+        self._forward = [(m, small[i], tall[o]) for o, i, m in rows]
+        self._forward += [(narrow[:, i], m.mT, wide[:, o]) for o, i, m in columns]
+        rows, columns = bands(backward=True)
+        self._backward = [(wide[:, i], m.mT, narrow[:, o]) for o, i, m in columns]
+        self._backward += [(m, tall[i], small[o]) for o, i, m in rows]
 
     def __call__(self, x: Tensor) -> Tensor:
         """The resized maps (B, C, H', W') of x."""
@@ -141,10 +156,11 @@ class Resize:
 def _varies(left: Tensor, lost: Tensor) -> Tensor:
     """Where sums of squares are more than the rounding error of the means that were taken out.
 
-    NaN must stay visible (it compares False both ways), so this tests for "does not vary".
+    NaN and infinity must stay visible (they compare False to what is made of them), so this tests
+    for "does not vary".
     """
     info = torch.finfo(left.dtype)
-    return ~(left <= ((16 * info.eps) ** 2 * (left + lost)).clamp(min=info.tiny))
+    return ~(left < ((16 * info.eps) ** 2 * (left + lost)).clamp(min=info.tiny))
 
 
 def _signed_(
@@ -186,14 +202,29 @@ def padded(n: int) -> int:
     return n if n < 16 else -(-n // 8) * 8
 
 
-def workspace(groups: int, n: int, p: int, like: Tensor) -> Tensor:
+def rows_of(n: int, apart: bool) -> int:
+    """R, the rows of a :func:`workspace`."""
+    return 2 * padded(n) + 3 * apart
+
+
+def workspace(groups: int, n: int, p: int, like: Tensor, *, apart: bool) -> Tensor:
     """What :func:`dissimilarity_` works in, of a tensor's type and on its device.
 
+    Args:
+        groups: G.
+        n: N.
+        p: P.
+        like: such a tensor.
+        apart: whether both relations are wanted, each centred in its way.
+
     Returns:
-        (G, R, P), zeros: rows of X, as many of Y, and three for what centring takes out, so that
+        (G, R, P): rows of X, as many of Y, and if apart three for what centring takes out, so that
         one product with all of them makes the gradient.
     """
-    return like.new_zeros(groups, 2 * padded(n) + 3, p)
+    z = like.new_zeros(groups, rows_of(n, apart), p)
+    if apart:
+        z[:, -1] = 1
+    return z
 
 
 def sides(z: Tensor, n: int) -> Tensor:
@@ -205,76 +236,71 @@ def dissimilarity_(
     z: Tensor,
     n: int,
     grad: Tensor | None,
+    weight: Tensor,
     *,
+    intra: bool,
+    inter: bool,
     center: bool,
-    intra_weight: float,
-    inter_weight: float,
     form: str = "cka",
-    weights: Tensor | None = None,
 ) -> Tensor:
-    """intra_weight * (1 - CKA) of X and Y + inter_weight * (1 - CKA) of their transposes.
+    """Weighted 1 - CKA of X and Y (intra), of their transposes (inter), or both.
 
     Args:
         z: a :func:`workspace`, fp32 or fp64, X and Y in its :func:`sides`; **overwritten**. It is
             fast where N <= P.
         n: N.
         grad: (G, N, P), written: the gradient with respect to X; None leaves it out.
+        weight: (1 or 2, 1 or G, 1, 1), of each relation that is wanted, of every pair.
+        intra: whether the one is wanted.
+        inter: whether the other is; one of them has to be.
         center: centre over N for intra, over P for inter.
-        intra_weight: 0 leaves the relation out, but one is needed.
-        inter_weight: likewise.
         form: what to make of a CKA, one of :data:`FORMS`.
-        weights: (G, 1, 1) of the pairs; None for 1 each.
 
     Returns:
         the sum of the losses over G, a scalar.
     """
     both = sides(z, n)
     _, g, _, p = both.shape
-    wanted = [(w, d) for w, d in ((intra_weight, -2), (inter_weight, -1)) if w]
-    # Filled on its device: to send numbers there would make it wait.
-    weight = z.new_empty(len(wanted), 1, 1, 1)
-    for row, (w, _) in zip(weight, wanted):
-        row.fill_(w)
-    if weights is not None:
-        weight = weight * weights
     if form == "signed":
-        return _signed_(both, grad, weight, [d for _, d in wanted], center=center)
+        dims = [dim for dim, wanted in ((-2, intra), (-1, inter)) if wanted]
+        return _signed_(both, grad, weight, dims, center=center)
 
     columns = rows = None
     lost = z.new_zeros(2, g, 1, 1)
-    if center and intra_weight:
+    if center and intra:
         columns = both.mean(-2, keepdim=True)
         both -= columns
         lost += n * columns.square().sum((-2, -1), keepdim=True)
-    if center and inter_weight:
+    if center and inter:
         rows = both.mean(-1, keepdim=True)
         both -= rows
         lost += p * rows.square().sum((-2, -1), keepdim=True)
 
     end = padded(n)
-    x, y, c = z[:, :end], z[:, end : 2 * end], z[:, 2 * end :]
-    whole = z.new_empty(3 if inter_weight else 2, g, end, end)
-    torch.bmm(x, x.mT, out=whole[0])
-    torch.bmm(y, y.mT, out=whole[1])
-    if inter_weight:
-        torch.bmm(x, y.mT, out=whole[2])
+    x, y = z[:, :end], z[:, end : 2 * end]
+    products = z.new_empty(2 + inter, g, end, end)
+    torch.bmm(x, x.mT, out=products[0])
+    torch.bmm(y, y.mT, out=products[1])
+    if inter:
+        torch.bmm(x, y.mT, out=products[2])
+    products = products[..., :n, :n]
     # K and L of one or each of the relations, (1 or 2, 2, G, N, N), and M.
-    grams, m = whole[None, :2, :, :n, :n], whole[-1, :, :n, :n]
-    apart = columns is not None and rows is not None
+    grams, m = products[None, :2], products[-1]
+    apart = None
     if columns is not None and rows is not None:
         # The rows c_x, c_y and 1, which D lacks.
-        c[:, :2] = (columns - columns.mean(-1, keepdim=True)).squeeze(2).transpose(0, 1)
-        c[:, 2] = 1
-        cc = c[:, :2] @ c[:, :2].mT
-        of_x, of_y = (c[:, :2] @ z[:, : 2 * end].mT).unflatten(2, (2, -1))[..., :n].unbind(2)
+        c = z[:, -3:-1]
+        c.copy_((columns - columns.mean(-1, keepdim=True)).squeeze(2).transpose(0, 1))
+        cc = c @ c.mT
+        of_x, of_y = (c @ z[:, : 2 * end].mT).unflatten(2, (2, -1))[..., :n].unbind(2)
         m += of_x[:, 1, :, None] + cc[:, :1, 1:]
         m += of_y[:, 0, None]
         half = torch.stack([of_x[:, 0] + cc[:, 0, :1] / 2, of_y[:, 1] + cc[:, 1, 1:] / 2])
-        parts = z.new_empty(2, 2, g, n, n)
-        torch.addcmul(grams[0], rows, rows.mT, value=p, out=parts[0])
-        torch.add(grams[0], half[..., None], out=parts[1])
-        parts[1] += half[..., None, :]
-        grams = parts
+        apart = z.new_empty(2, 2, g, n, n)
+        torch.addcmul(grams[0], rows, rows.mT, value=p, out=apart[0])
+        torch.add(grams[0], half[..., None], out=apart[1])
+        apart[1].add_(half[..., None, :])
+        grams = apart
 
     trace = grams.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     varies = _varies(trace, lost)
@@ -285,10 +311,10 @@ def dissimilarity_(
     inverse = torch.where(varies, norms, 1).reciprocal() * varies
     product = inverse[:, 0] * inverse[:, 1]
     dots, factors = [], []
-    if intra_weight:
+    if intra:
         dots.append((grams[0, 0] * grams[0, 1]).sum((-2, -1), keepdim=True))
         factors.append(scale[0, 0])
-    if inter_weight:
+    if inter:
         root = scale[-1].sqrt()
         factors.append(root[0] * root[1])
         m *= factors[-1]
@@ -302,20 +328,20 @@ def dissimilarity_(
     twice = 2 * weight * _slope(cka, form)
     of_k = twice * cka * (scale[:, 0] * inverse[:, 0].square())
     of_other = -twice * product * torch.stack(factors)
-    used = len(z[0]) if apart else 2 * end if inter_weight else end
-    by = z.new_zeros(g, n, used)
-    by_x = by[..., :n]
-    if intra_weight:
-        torch.mul(grams[0, 0], of_k[0], out=by_x)
-        by_x.addcmul_(grams[0, 1], of_other[0])
-        if rows is not None and apart:
-            torch.bmm(by_x, rows[0], out=by[..., -1:])
-    if inter_weight:
-        by_y = by[..., end : end + n]
-        torch.mul(m, of_other[-1], out=by_y)
-        by_x.addcmul_(grams[-1, 0], of_k[-1])
-        if apart:
-            by[..., -3] = grams[1, 0].sum(-1) * of_k[1, ..., 0]
-            by[..., -2] = by_y.sum(-1)
-    torch.bmm(by, z[:, :used], out=grad)
+    used = z if inter else x
+    factor = z.new_zeros(g, n, used.shape[1])
+    times_x = factor[..., :n]
+    if intra:
+        torch.mul(grams[0, 0], of_k[0], out=times_x)
+        times_x.addcmul_(grams[0, 1], of_other[0])
+        if rows is not None and apart is not None:
+            torch.sum(times_x * rows[0].mT, -1, out=factor[..., -1])
+    if inter:
+        times_y = factor[..., end : end + n]
+        torch.mul(m, of_other[-1], out=times_y)
+        times_x.addcmul_(grams[-1, 0], of_k[-1])
+        if apart is not None:
+            factor[..., -3] = apart[1, 0].sum(-1) * of_k[1, ..., 0]
+            factor[..., -2] = times_y.sum(-1)
+    torch.bmm(factor, used, out=grad)
     return loss
