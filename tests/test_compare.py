@@ -306,14 +306,62 @@ def test_a_weight_that_diverges_is_not_chosen(plan, world):
     assert row(page, "One", "a")["chosen on val"] == "A.WEIGHT 3.0, A.MORE 1"
 
 
+def test_several_references(plan, world):
+    plan.write_text(plan.read_text().replace("reference: a", "reference: [a, b]"))
+    page = write_page(make(plan), plan.with_suffix(".md"))
+    cells = row(page, "One", "A and B")
+    # B gives 2.5 + 0.9 seed to A; A gives 1 + seed to B.
+    assert cells["over a"].startswith("+3.4 [") and cells["over b"].startswith("+2.0 [")
+    assert row(page, "One", "b")["over b"] == "" and row(page, "One", "b")["over a"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ((0.5, 1.0, 3.0), "A.WEIGHT 1.0"),
+        ((1.0, 2.0, 3.0), "A.WEIGHT 1.0 (the least tried)"),
+        ((0.3, 0.5, 1.0), "A.WEIGHT 1.0 (the most tried)"),
+        ((1.0, 3.0), "A.WEIGHT 1.0"),
+    ],
+)
+def test_an_edge_that_won_is_marked(plan, world, weights, said):
+    tune = ", ".join(f"{{A.WEIGHT: {x}}}" for x in weights)
+    old = "tune: [{A.WEIGHT: 1.0}, {A.WEIGHT: 3.0, A.MORE: 1}]"
+    plan.write_text(plan.read_text().replace(old, f"tune: [{tune}]"))
+    page = write_page(make(plan), plan.with_suffix(".md"))
+    assert row(page, "One", "a")["chosen on val"] == said
+
+
+def test_what_is_in_no_table_is_listed(plan, world):
+    """Not what a setting was chosen of, nor what another section takes over."""
+    page = write_page(make(plan), plan.with_suffix(".md"))
+    assert "in no table" not in page
+    fewer = comparison(plan)
+    fewer.plan.sections = [s for s in fewer.plan.sections if s.title == "Two"]
+    page = write_page(fewer, plan.with_suffix(".md"))
+    listed = page.split("in no table")[1].split("\n\n")[1].splitlines()[2:]
+    settings = [line.split(" | ")[1:3] for line in listed]
+    # The student alone, B, and A with B, three seeds each; A was chosen of for Two.
+    assert ["LOSSES ['PCKALoss'], PCKA.WEIGHT 0.0", "3"] in settings
+    assert ["B.KIND x, LOSSES ['BLoss']", "3"] in settings
+    assert [x[1] for x in settings] == ["3"] * len(settings)
+    assert all("A.MORE" not in x[0] for x in settings)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("title: A comparison", "titel: A", "unknown key 'titel'; known are title, choose_on"),
         ("losses: [BLoss]", "loss: [BLoss]", "method 'b' has an unknown key 'loss'"),
-        ("combine: [a, b]", "combine: [a, c]", "method 'ab' names 'c', which"),
+        ("combine: [a, b]", "combine: [a, c]", "method 'ab' names 'c', expected one of plain, a"),
         ("task: long", "task: wide", "section 'Two' names 'wide'"),
-        ("reference: a", "reference: z", "section 'One' names 'z'"),
+        ("reference: a", "reference: z", "the reference of section 'One' names 'z'"),
+        (
+            "[plain, a, b, ab], reference: a",
+            "[plain, b], reference: [b, a]",
+            "the reference of section 'One' names 'a', expected one of plain, b",
+        ),
+        ("SOLVER.MAX_ITER: 30", "SEED: 3", "task 'long' sets SEED, which each run has its own"),
         ("base: short", "base: tall", "task 'long' names 'tall'"),
         ("base: short", "base: long", "task 'long' is made of itself"),
         ("combine: [a, b]", "combine: [ab]", "method 'ab' is made of itself"),

@@ -39,6 +39,9 @@ Opts = dict[str, Any]
 Row = dict[str, Any]
 T = TypeVar("T")
 
+# What the tool sets for each run.
+_OWN_KEYS = ("SEED", "OUTPUT_DIR", "MODEL.DISTILL.TEACHER.WEIGHTS")
+
 
 @dataclass
 class Task:
@@ -79,10 +82,17 @@ class Section:
     text: str = ""
     #: seeds 0, 1, ... of every method; 0 only chooses its settings, and is no table
     seeds: int = 5
-    #: what the others are compared to, by a paired test
-    reference: str = ""
+    #: what the others are compared to, by a paired test; one or several of the methods
+    reference: str | list[str] = ""
     #: a bar for each method; or "iterations" for a curve; empty for none
     plot: str = ""
+
+    @property
+    def references(self) -> list[str]:
+        """The same, always a list."""
+        if isinstance(self.reference, str):
+            return [self.reference] if self.reference else []
+        return self.reference
 
 
 @dataclass
@@ -143,7 +153,7 @@ def read_plan(path: Path) -> Plan:
 
     def known(name: str, names: Iterable[str], where: str) -> None:
         if name not in names:
-            raise UserError(f"{where} names {name!r}, which {path} does not define")
+            raise UserError(f"{where} names {name!r}, expected one of {', '.join(names)}")
 
     if not plan.metrics or not all(re.fullmatch(r"[^/]+/.+", x) for x in plan.metrics):
         raise UserError(f"{path}: metrics are written as task/metric, such as bbox/AP")
@@ -156,14 +166,19 @@ def read_plan(path: Path) -> Plan:
             known(task.base, plan.tasks, f"task {name!r}")
         for method_name in task.tune:
             known(method_name, plan.methods, f"task {name!r}")
+        own = [key for key in _OWN_KEYS if key in task.opts]
+        if own:
+            raise UserError(f"task {name!r} sets {', '.join(own)}, which each run has its own of")
     for name, method in plan.methods.items():
         for other in method.combine:
             known(other, plan.methods, f"method {name!r}")
     for section in plan.sections:
         where = f"section {section.title!r}"
         known(section.task, plan.tasks, where)
-        for name in [*section.methods, *filter(None, [section.reference])]:
+        for name in section.methods:
             known(name, plan.methods, where)
+        for name in section.references:
+            known(name, section.methods, f"the reference of {where}")
         shared = [x for x in plan.tune_seeds if x in range(section.seeds)]
         if shared:
             raise UserError(f"{where} reports seeds {shared}, which settings are chosen by")
@@ -263,7 +278,7 @@ class Comparison:
             loaded = read_config(str(REPOSITORY / task.config))
             keys = {k: v for k, v in config_keys(loaded) if not isinstance(v, dict)}
             asked = {**keys, **task.opts, "teacher": task.teacher}
-            for key in ("SEED", "OUTPUT_DIR", "MODEL.DISTILL.TEACHER.WEIGHTS"):
+            for key in _OWN_KEYS:
                 asked.pop(key, None)
             self._contents[job.task] = asked
         asked = {**self._contents[job.task], **job.overrides}
@@ -294,14 +309,14 @@ class Comparison:
         """What the page calls a method."""
         return self.plan.methods[method].title or method
 
-    def _tuned_on(self, name: str, method: str) -> str:
+    def tuned_on(self, name: str, method: str) -> str:
         """The task on which the settings of a method are chosen."""
         task = self.plan.tasks[name]
         if not task.base or method in task.tune or not self.plan.methods[method].tune:
             return name
-        return self._tuned_on(task.base, method)
+        return self.tuned_on(task.base, method)
 
-    def _candidates(self, task: str, name: str) -> list[Opts] | None:
+    def candidates(self, task: str, name: str) -> list[Opts] | None:
         """The settings of a method that are tried on a task; None if others must be known first."""
         method = self.plan.methods[name]
         losses, opts = list(method.losses), {}
@@ -319,8 +334,8 @@ class Comparison:
 
     def setting(self, task: str, name: str) -> Opts | None:
         """The setting of a method that a task uses; None if it is not known yet."""
-        task = self._tuned_on(task, name)
-        candidates = self._candidates(task, name)
+        task = self.tuned_on(task, name)
+        candidates = self.candidates(task, name)
         if candidates is None:
             return None
         if len(candidates) == 1:
@@ -333,7 +348,7 @@ class Comparison:
             plan = self.plan
             values = [_metric(row, plan.choose_on, plan.names[0]) for row in rows if row]
             scores.append(statistics.mean(values))
-        # One that diverged is the last to be taken.
+        # One that diverged with any of the seeds is the last to be taken.
         order = [-math.inf if math.isnan(score) else score for score in scores]
         return dict(candidates[max(range(len(order)), key=order.__getitem__)])
 
@@ -355,17 +370,18 @@ class Comparison:
             wanted = self._jobs(section.task, setting, range(section.seeds))
         else:
             wanted = []
-            for other in self._parts(name):
-                tuned = self._tuned_on(section.task, other)
+            for other in self.parts(name):
+                tuned = self.tuned_on(section.task, other)
                 if self.setting(tuned, other) is None:
-                    for opts in self._candidates(tuned, other) or []:
+                    for opts in self.candidates(tuned, other) or []:
                         wanted += self._jobs(tuned, opts, self.plan.tune_seeds)
         yield from (job for job in wanted if self.row(job) is None)
 
-    def _parts(self, name: str) -> Iterator[str]:
+    def parts(self, name: str) -> Iterator[str]:
+        """A method, and all that it is combined of."""
         yield name
         for other in self.plan.methods[name].combine:
-            yield from self._parts(other)
+            yield from self.parts(other)
 
     def results(self, section: Section, name: str) -> list[Row]:
         """The rows of a method in a section, by seed; fewer than its seeds if some are missing."""
@@ -550,7 +566,7 @@ def _difference(mine: Sequence[float], theirs: Sequence[float]) -> tuple[str, st
 def _setting_text(comparison: Comparison, section: Section, name: str) -> str:
     """What was chosen for a method, of what was tried."""
     setting = comparison.setting(section.task, name) or {}
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, str] = {}
 
     def add(name: str) -> None:
         method = comparison.plan.methods[name]
@@ -558,7 +574,13 @@ def _setting_text(comparison: Comparison, section: Section, name: str) -> str:
             add(other)
         # What is not in it was tried and not taken.
         for key in dict.fromkeys(k for opts in method.tune for k in opts if k in setting):
-            chosen[key] = setting[key]
+            tried = [opts[key] for opts in method.tune if isinstance(opts.get(key), float)]
+            edge = ""
+            if len(set(tried)) > 2:
+                # Beyond an edge there may be a better one.
+                ends = {min(tried): " (the least tried)", max(tried): " (the most tried)"}
+                edge = ends.get(setting[key], "")
+            chosen[key] = f"{setting[key]}{edge}"
 
     add(name)
     return ", ".join(f"{k} {v}" for k, v in chosen.items())
@@ -568,8 +590,7 @@ def table(comparison: Comparison, section: Section) -> list[str]:
     """A section's table; a method whose runs are not all there has a row that says so."""
     plan = comparison.plan
     first, *others = plan.names
-    names = [*section.methods, *filter(None, [section.reference])]
-    rows = {name: comparison.results(section, name) for name in names}
+    rows = {name: comparison.results(section, name) for name in section.methods}
 
     def values(name: str, metric: str, dataset: str = plan.report_on) -> list[float]:
         return [_metric(row, dataset, metric) for row in rows[name]]
@@ -583,8 +604,7 @@ def table(comparison: Comparison, section: Section) -> list[str]:
     columns = ["method", "chosen on val", first]
     if alone:
         columns.append("over the student alone")
-    if section.reference:
-        columns.append(f"over {comparison.title(section.reference)}")
+    columns += [f"over {comparison.title(x)}" for x in section.references]
     columns += [*others, f"{first}, val"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for name in section.methods:
@@ -597,8 +617,7 @@ def table(comparison: Comparison, section: Section) -> list[str]:
             cells.append(spread(values(name, first)))
             if alone:
                 cells.append(over(name, alone[0])[0])
-            if section.reference:
-                cells.append(", ".join(filter(None, over(name, section.reference))))
+            cells += [", ".join(filter(None, over(name, x))) for x in section.references]
             cells += [spread(values(name, x)) for x in others]
             cells.append(spread(values(name, first, plan.choose_on)))
         cells += [""] * (len(columns) - len(cells))
@@ -652,6 +671,39 @@ def _plot(comparison: Comparison, section: Section, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def _tried(comparison: Comparison) -> list[str]:
+    """What was run and is in no table, nor among the settings that one was chosen of."""
+    plan = comparison.plan
+    used = set()
+    for section in plan.sections:
+        for name in section.methods:
+            for part in comparison.parts(name):
+                task = comparison.tuned_on(section.task, part)
+                for opts in [
+                    *(comparison.candidates(task, part) or []),
+                    comparison.setting(section.task, part) or {},
+                ]:
+                    used.add(comparison.identity(Job(task, _text(opts), 0)))
+                    used.add(comparison.identity(Job(section.task, _text(opts), 0)))
+    left: dict[str, list[Row]] = {}
+    for (digest, _), row in comparison.rows.items():
+        if digest not in used:
+            left.setdefault(digest, []).append(row)
+    if not left:
+        return []
+    first = plan.names[0]
+    lines = ["## Tried, and in no table", "", f"| task | setting | runs | {first} | {first}, val |"]
+    lines.append("|---|---|---|---|---|")
+    for rows in left.values():
+        setting = ", ".join(f"{k} {v}" for k, v in rows[0]["opts"].items())
+        aps = [
+            spread([_metric(row, dataset, first) for row in rows])
+            for dataset in (plan.report_on, plan.choose_on)
+        ]
+        lines.append(f"| {rows[0]['task']} | {setting} | {len(rows)} | {' | '.join(aps)} |")
+    return [*lines, ""]
+
+
 def write_page(comparison: Comparison, path: Path) -> str:
     """Write the page, and its plots beside it.
 
@@ -682,6 +734,7 @@ def write_page(comparison: Comparison, path: Path) -> str:
             aps = [f"{_metric(row, x, first):.1f}" for x in (plan.report_on, plan.choose_on)]
             lines.append(f"| {config} | {' | '.join(aps)} |")
         lines.append("")
+    lines += _tried(comparison)
     text = "\n".join([*lines, f"{len(comparison.rows)} runs: {'; '.join(where)}."]) + "\n"
     path.write_text(text)
     return text
