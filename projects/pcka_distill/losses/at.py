@@ -14,8 +14,8 @@ __all__ = ["ATLoss"]
 class ATLoss(FeatureLoss):
     """Attention transfer (Zagoruyko & Komodakis, ICLR 2017), see :func:`.baselines.at_loss`.
 
-    Channels may differ. The paper divides its weight of 1000 by the number of cells. Arguments: see
-    :class:`.FeatureLoss`.
+    Channels may differ. The paper's weight is 1000 divided by the number of cells, which makes a
+    fine level count for less; here all count alike. Arguments: see :class:`.FeatureLoss`.
     """
 
     project = None

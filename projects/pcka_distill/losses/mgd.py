@@ -27,7 +27,8 @@ class MGDLoss(FeatureLoss):
     .. math:: \mathcal{L} = \| F_t - G(M \odot f(F_s)) \|^2
 
     averaged over cells and channels. The paper sums over them, and weighs the sum with 2e-5 for
-    one-stage and 5e-7 for two-stage detectors.
+    one-stage and 5e-7 for two-stage detectors: there a fine level counts for more, having more
+    cells; here all count alike.
 
     Args:
         mask_ratio: share of the cells that is blanked, on average; the paper's lambda, 0.65 for

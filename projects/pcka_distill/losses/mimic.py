@@ -14,7 +14,10 @@ __all__ = ["MimicLoss"]
 class MimicLoss(FeatureLoss):
     """MSE between the student's projected map and the teacher's (FitNets, ICLR 2015).
 
-    The paper's best detection rows are PCKA + mimic. Arguments: see :class:`.FeatureLoss`.
+    FitNets takes half of the squared distance, of one layer, and before the training proper; here,
+    as in distillation of detectors since, it is the mean over cells and channels of each level, all
+    along. The best detection rows of the PCKA paper are PCKA + mimic. Arguments: see
+    :class:`.FeatureLoss`.
     """
 
     project = True
