@@ -536,7 +536,7 @@ def plot(rows: list[Row], path: Path) -> None:
 # ---- the page --------------------------------------------------------------------------------
 
 SECTIONS = {
-    "loss": (loss_section, 3, 3),
+    "loss": (loss_section, 5, 5),
     "step": (step_section, 7, 10),
     "teacher": (teacher_section, 3, 20),
     "cache": (cache_section, 7, 7),

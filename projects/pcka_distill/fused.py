@@ -24,6 +24,7 @@ so that the products are still made only once, and the corrections are added, ne
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -121,23 +122,24 @@ class Resize:
         b, c, h, w = shape
         # A core is quickest where few cells of a band are zero, a GPU on one large product.
         by_row, by_column = (8, 16) if like.device.type == "cpu" else (None, None)
-        # Height comes first, so that both products are plain matrix products.
+        # Height is the first axis, so that both are plain matrix products; width is resized first,
+        # while there are fewer rows.
         self._small = like.new_empty(h, b, c, w)
-        self._tall = like.new_empty(to[0], b, c, w) if h != to[0] else self._small
-        self._large = like.new_empty(to[0], b, c, to[1]) if w != to[1] else self._tall
-        small, tall = self._small.view(h, -1), self._tall.view(to[0], -1)
-        narrow, wide = self._tall.view(-1, w), self._large.view(-1, to[1])
+        self._wide = like.new_empty(h, b, c, to[1]) if w != to[1] else self._small
+        self._large = like.new_empty(to[0], b, c, to[1]) if h != to[0] else self._wide
+        small, wide = self._small.view(-1, w), self._wide.view(-1, to[1])
+        low, high = self._wide.view(h, -1), self._large.view(to[0], -1)
 
         def bands(backward: bool) -> tuple[Bands, Bands]:
             facts = (backward, like.dtype, like.device)
             return _bands(h, to[0], by_row, *facts), _bands(w, to[1], by_column, *facts)
 
         rows, columns = bands(backward=False)
-        self._forward = [(m, small[i], tall[o]) for o, i, m in rows]
-        self._forward += [(narrow[:, i], m.mT, wide[:, o]) for o, i, m in columns]
+        self._forward = [(small[:, i], m.mT, wide[:, o]) for o, i, m in columns]
+        self._forward += [(m, low[i], high[o]) for o, i, m in rows]
         rows, columns = bands(backward=True)
-        self._backward = [(wide[:, i], m.mT, narrow[:, o]) for o, i, m in columns]
-        self._backward += [(m, tall[i], small[o]) for o, i, m in rows]
+        self._backward = [(m, high[i], low[o]) for o, i, m in rows]
+        self._backward += [(wide[:, i], m.mT, small[:, o]) for o, i, m in columns]
 
     def __call__(self, x: Tensor) -> Tensor:
         """The resized maps (B, C, H', W') of x."""
@@ -305,10 +307,10 @@ def dissimilarity_(
     trace = grams.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     varies = _varies(trace, lost)
     # A CKA does not depend on the scale: Grams of unit trace can be squared, whatever theirs was.
-    scale = torch.where(varies, trace, 1).reciprocal() * varies
+    scale = torch.where(varies, trace, math.inf).reciprocal()
     grams *= scale
     norms = torch.linalg.vector_norm(grams, dim=(-2, -1), keepdim=True)
-    inverse = torch.where(varies, norms, 1).reciprocal() * varies
+    inverse = torch.where(varies, norms, math.inf).reciprocal()
     product = inverse[:, 0] * inverse[:, 1]
     dots, factors = [], []
     if intra:
