@@ -144,11 +144,8 @@ def test_numbers_are_those_of_the_comparison(start, section):
     line = re.search(rf"^\| {re.escape(start)}.*\|$", README, re.M)[0]
     _, alone, taught, by, teacher = (x.strip() for x in line.strip("|").split("|"))
     rows = comparison(section)
-    method = {
-        "PCKA + KD": "PCKA (signed) + KD", "PCKA": "PCKA, signed, the paper's layout"
-    }[by]  # fmt: skip
     assert alone == rows["student alone"][2]
-    assert taught.strip("*") == rows[method][2]
+    assert taught.strip("*") == rows[by][2]
     page = (REPO / "benchmarks" / "comparison.md").read_text()
     config = f"configs/Digits/{TEACHERS[start]}_teacher.yaml"
     assert f"| {config} | {teacher.split()[0]} |" in page
