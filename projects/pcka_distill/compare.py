@@ -309,14 +309,14 @@ class Comparison:
         """What the page calls a method."""
         return self.plan.methods[method].title or method
 
-    def tuned_on(self, name: str, method: str) -> str:
+    def _tuned_on(self, name: str, method: str) -> str:
         """The task on which the settings of a method are chosen."""
         task = self.plan.tasks[name]
         if not task.base or method in task.tune or not self.plan.methods[method].tune:
             return name
-        return self.tuned_on(task.base, method)
+        return self._tuned_on(task.base, method)
 
-    def candidates(self, task: str, name: str) -> list[Opts] | None:
+    def _candidates(self, task: str, name: str) -> list[Opts] | None:
         """The settings of a method that are tried on a task; None if others must be known first."""
         method = self.plan.methods[name]
         losses, opts = list(method.losses), {}
@@ -334,8 +334,8 @@ class Comparison:
 
     def setting(self, task: str, name: str) -> Opts | None:
         """The setting of a method that a task uses; None if it is not known yet."""
-        task = self.tuned_on(task, name)
-        candidates = self.candidates(task, name)
+        task = self._tuned_on(task, name)
+        candidates = self._candidates(task, name)
         if candidates is None:
             return None
         if len(candidates) == 1:
@@ -361,27 +361,28 @@ class Comparison:
         jobs: dict[Job, None] = {}
         for section in sections:
             for name in section.methods:
-                jobs.update(dict.fromkeys(self._missing(section, name)))
-        return list(jobs)
+                jobs.update(dict.fromkeys(self.wanted(section, name)))
+        return [job for job in jobs if self.row(job) is None]
 
-    def _missing(self, section: Section, name: str) -> Iterator[Job]:
+    def wanted(self, section: Section, name: str) -> Iterator[Job]:
+        """The runs of a method in a section, there or not, as far as its settings are known.
+
+        Those that settings are chosen of, its own and of what it combines, and those of its table.
+        """
+        yield from self._trials(section.task, name)
         setting = self.setting(section.task, name)
         if setting is not None:
-            wanted = self._jobs(section.task, setting, range(section.seeds))
-        else:
-            wanted = []
-            for other in self.parts(name):
-                tuned = self.tuned_on(section.task, other)
-                if self.setting(tuned, other) is None:
-                    for opts in self.candidates(tuned, other) or []:
-                        wanted += self._jobs(tuned, opts, self.plan.tune_seeds)
-        yield from (job for job in wanted if self.row(job) is None)
+            yield from self._jobs(section.task, setting, range(section.seeds))
 
-    def parts(self, name: str) -> Iterator[str]:
-        """A method, and all that it is combined of."""
-        yield name
+    def _trials(self, task: str, name: str) -> Iterator[Job]:
+        """The runs that :meth:`setting` looks at."""
+        task = self._tuned_on(task, name)
+        candidates = self._candidates(task, name) or []
+        if len(candidates) > 1:
+            for opts in candidates:
+                yield from self._jobs(task, opts, self.plan.tune_seeds)
         for other in self.plan.methods[name].combine:
-            yield from self.parts(other)
+            yield from self._trials(task, other)
 
     def results(self, section: Section, name: str) -> list[Row]:
         """The rows of a method in a section, by seed; fewer than its seeds if some are missing."""
@@ -674,17 +675,12 @@ def _plot(comparison: Comparison, section: Section, path: Path) -> None:
 def _tried(comparison: Comparison) -> list[str]:
     """What was run and is in no table, nor among the settings that one was chosen of."""
     plan = comparison.plan
-    used = set()
-    for section in plan.sections:
-        for name in section.methods:
-            for part in comparison.parts(name):
-                task = comparison.tuned_on(section.task, part)
-                for opts in [
-                    *(comparison.candidates(task, part) or []),
-                    comparison.setting(section.task, part) or {},
-                ]:
-                    used.add(comparison.identity(Job(task, _text(opts), 0)))
-                    used.add(comparison.identity(Job(section.task, _text(opts), 0)))
+    used = {
+        comparison.identity(job)
+        for section in plan.sections
+        for name in section.methods
+        for job in comparison.wanted(section, name)
+    }
     left: dict[str, list[Row]] = {}
     for (digest, _), row in comparison.rows.items():
         if digest not in used:
