@@ -167,6 +167,34 @@ def test_what_is_there_is_not_run_again(plan, world):
     assert {o.get("SEED") for _, o, _ in world.ran} == {3} and len(world.ran) == 4
 
 
+def test_a_result_names_the_commit_that_made_it(plan, world, monkeypatch):
+    """And says if the code has been changed since; outside a checkout nothing is said."""
+    repository = plan.parent / "checkout"
+    (repository / "projects").mkdir(parents=True)
+    monkeypatch.setattr(module, "REPOSITORY", repository)
+
+    def git(*words):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        command = ["git", "-C", str(repository), *identity, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def codes():
+        plan.with_name("results.jsonl").unlink(missing_ok=True)
+        made = make(plan)
+        return {row.get("code") for row in (*made.rows.values(), *made.teachers.values())}
+
+    assert codes() == {None}
+    git("init", "--quiet")
+    (repository / "projects" / "a.py").write_text("a = 1")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "a")
+    commit = git("rev-parse", "--short", "HEAD")
+    (repository / "results.jsonl").write_text("what a comparison writes is no change of it")
+    assert codes() == {commit}
+    (repository / "projects" / "a.py").write_text("a = 2")
+    assert codes() == {f"{commit}+"}
+
+
 def test_an_interrupted_comparison_goes_on(plan, world):
     def stop(opts):
         if len(world.ran) >= 6:

@@ -17,6 +17,7 @@ import math
 import platform
 import re
 import statistics
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -429,7 +430,7 @@ def _execute(comparison: Comparison, job: Job, runs: Path, teacher: Path | None)
     try:
         found = run(task.config, folder, flat, label="", teacher=teacher, threads=1)
     except Diverged as e:
-        return {"diverged": str(e), "environment": _environment(folder)}
+        return {"diverged": str(e), **_made_with(folder)}
     row = _result(found, folder, plan)
     history = _history(folder, list(found["results"]), plan.metrics[0])
     if len(history) > 1:
@@ -437,12 +438,31 @@ def _execute(comparison: Comparison, job: Job, runs: Path, teacher: Path | None)
     return row
 
 
-def _environment(folder: Path) -> str:
-    """What a run was made with."""
+def _made_with(folder: Path) -> dict[str, str]:
+    """What a run was made with: where, and by which commit."""
     device = yaml.safe_load((folder / "config.yaml").read_text())["MODEL"]["DEVICE"]
     if device.startswith("cuda") and torch.cuda.is_available():
         device = torch.cuda.get_device_name()
-    return f"torch {torch.__version__}, Python {platform.python_version()}, {device}"
+    where = f"torch {torch.__version__}, Python {platform.python_version()}, {device}"
+    return {"environment": where, **({"code": code} if (code := _code()) else {})}
+
+
+def _code() -> str:
+    """The commit of this code, with a + if it has been changed since; empty outside a checkout."""
+    if not (REPOSITORY / ".git").exists():
+        return ""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(REPOSITORY), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        # Results themselves are a change that does not matter.
+        changed = git("status", "--porcelain", "--", "projects", "tools", "configs")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        # No git, or none that may read it: a commit is worth less than the run.
+        return ""
 
 
 def _result(found: dict[str, Any], folder: Path, plan: Plan) -> Row:
@@ -456,7 +476,7 @@ def _result(found: dict[str, Any], folder: Path, plan: Plan) -> Row:
         },
         "seconds": round(found["train_seconds"], 1),
         "parameters": found["parameters"],
-        "environment": _environment(folder),
+        **_made_with(folder),
     }
 
 
