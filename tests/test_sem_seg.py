@@ -495,10 +495,6 @@ def test_cityscapes_configs_train_and_evaluate(path, cityscapes, tmp_path):
     [
         (["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "10"], r"have the value 10, and classes are 0 to 9"),
         (["MODEL.DISTILL.LOSSES", "[FGDLoss]"], r"reads boxes, and SemanticSegmentor has none"),
-        (
-            ["MODEL.DISTILL.LOSSES", "[PCKALoss]", "MODEL.DISTILL.PCKA.FOREGROUND_WEIGHT", "2.0"],
-            r"PCKALoss reads boxes, .*LOSSES or set its FOREGROUND_WEIGHT 1.0",
-        ),
         (["DATASETS.TRAIN", "[cityscapes_fine_sem_seg_train]"], r"is not there: .*Img8bit/train"),
         (["MODEL.SEM_SEG_HEAD.NORM", "SyncBN"], r"SEM_SEG_HEAD.NORM is SyncBN, .*; set BN or GN"),
         (["MODEL.SEM_SEG_HEAD.IN_FEATURES", "[p9]"], r"cannot be built: .* cannot be empty"),

@@ -109,8 +109,6 @@ def add_pcka_distill_config(cfg: CN) -> None:
     node.FORM = "cka"
     # Where every channel is a CKA (spatial, sample): "equal", or by the teacher's "variance".
     node.CHANNEL_WEIGHT = "equal"
-    # How many times as much as the background a cell counts that an object touches.
-    node.FOREGROUND_WEIGHT = 1.0
     # Centre the Gram matrices. The paper's formula does, its published code does not.
     node.CENTER = True
     # Use the unbiased HSIC estimator.

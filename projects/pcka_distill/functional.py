@@ -63,7 +63,6 @@ __all__ = [
     "pool_places",
     "rcka_loss",
     "to_patches",
-    "weigh_cells",
     "widen",
     "without_padding",
 ]
@@ -325,40 +324,6 @@ def own_cells(extents: Sequence[tuple[int, int]], device: torch.device) -> Tenso
         torch.arange(int(side), device=device) for side in (max(x) for x in zip(*extents))
     )
     return (row[:, None] < rows[:, None, None]) & (column < columns[:, None, None])
-
-
-def weigh_cells(x: Tensor, weight: Tensor, center: str | None = "image") -> Tensor:
-    r"""Feature maps of which some cells count more than others.
-
-    .. math:: \sqrt{w} (x - \bar{x}), \quad \bar{x} = \sum w x / \sum w
-
-    so that sums of squares and products over the cells are those weighted by w.
-
-    Args:
-        x: (B, C, H, W).
-        weight: w, (B, 1, H, W), not negative.
-        center: what the mean of a channel is over: its "image", or the "batch"; None takes out
-            nothing.
-
-    Returns:
-        (B, C, H, W), in at least fp32.
-
-    Raises:
-        ValueError: shapes do not fit.
-    """
-    if x.dim() != 4 or weight.shape != (len(x), 1, *x.shape[2:]):
-        raise ValueError(
-            f"weigh_cells takes maps (B, C, H, W) and weights (B, 1, H, W), got {tuple(x.shape)} "
-            f"and {tuple(weight.shape)}"
-        )
-    with full_precision(x.device):
-        x, weight = widen(x), widen(weight)
-        if center is not None:
-            dims = (0, 2, 3) if center == "batch" else (2, 3)
-            # Of maps without a cell there is nothing to divide by.
-            total = weight.sum(dims, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
-            x = x - (x * weight).sum(dims, keepdim=True) / total
-        return x * weight.sqrt()
 
 
 def patch_counts(shape: Sequence[int], patch_size: int, layout: str) -> tuple[int, int, int]:

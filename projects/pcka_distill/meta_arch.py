@@ -25,7 +25,7 @@ from pcka_distill.build import (
 from pcka_distill.checkpoint import hide_prefix
 from pcka_distill.errors import UserError
 from pcka_distill.functional import linear_cka, pool_places, without_padding
-from pcka_distill.losses import DistillLoss, PCKALoss
+from pcka_distill.losses import DistillLoss
 from pcka_distill.pairing import LevelPair, align, describe, pair_levels
 from pcka_distill.recorder import Recorder
 from pcka_distill.structures import Taps
@@ -109,8 +109,6 @@ class DistillationModel(nn.Module):
             unread = ", ".join(sorted(loss.reads - self._student_adapter.provides))
             if unread:
                 hint = " or set its FOREGROUND_ONLY False" if "labels" in unread else ""
-                if "boxes" in unread and isinstance(loss, PCKALoss):
-                    hint = " or set its FOREGROUND_WEIGHT 1.0"
                 raise UserError(
                     f"{type(loss).__name__} reads {unread}, and {type(student).__name__} has none "
                     f"to read; take it out of MODEL.DISTILL.LOSSES{hint}"

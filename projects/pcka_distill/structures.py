@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,14 +51,6 @@ class Taps:
         if self.images is None:
             raise ValueError("an adapter's collect() must fill in Taps.images")
         height, width = self.images.shape[-2:]
-        return height, width
-
-    def covered(self, level: str, cells: Sequence[int]) -> tuple[float, float]:
-        """(height, width) in pixels that the first (rows, columns) of a level's map cover."""
-        whole = self.features[level].shape[-2:]
-        height, width = (
-            side * part / count for side, part, count in zip(self.padded_size, cells, whole)
-        )
         return height, width
 
     def extents(self, rows: int, columns: int) -> list[tuple[int, int]]:

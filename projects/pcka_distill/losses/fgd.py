@@ -106,7 +106,9 @@ class FGDLoss(FeatureLoss):
         losses = {}
         for level, x, y in self.maps(student, teacher):
             # Of what is left without the padding.
-            masks = object_masks(student.boxes, student.covered(level, x.shape[-2:]), x)
+            cells = zip(student.padded_size, x.shape[-2:], student.features[level].shape[-2:])
+            height, width = (side * left / whole for side, left, whole in cells)
+            masks = object_masks(student.boxes, (height, width), x)
             loss = fgd_focal_loss(x, y, *masks, **self.options)
             if self.global_weight:
                 with torch.autocast(x.device.type, enabled=False):

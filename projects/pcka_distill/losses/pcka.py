@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from detectron2.config import configurable
 from torch import Tensor
 
-from pcka_distill.baselines import object_masks
 from pcka_distill.errors import UserError
 from pcka_distill.functional import (
     CHANNEL_FREE_LAYOUTS,
@@ -17,14 +16,10 @@ from pcka_distill.functional import (
     CHANNEL_WEIGHTS,
     FORMS,
     LAYOUTS,
-    own_cells,
     patch_counts,
     pcka_loss,
-    weigh_cells,
-    without_padding,
 )
 from pcka_distill.losses.base import DISTILL_LOSS_REGISTRY, FeatureLoss, check_relation_weights
-from pcka_distill.structures import Taps
 
 __all__ = ["PCKALoss"]
 
@@ -41,9 +36,6 @@ class PCKALoss(FeatureLoss):
         patch_size: side of a patch in cells of the map: one for all levels, or one a level.
         layout, form, channel_weight, center, debiased, intra_weight, inter_weight: see
             :func:`.functional.pcka_loss`.
-        foreground_weight: how many times as much as the background a cell counts that a true box
-            touches, see :func:`.functional.weigh_cells`. No part of the paper; FGD (Yang et al.,
-            CVPR 2022) tells the two apart as well.
         common: see :class:`.DistillLoss`.
 
     Raises:
@@ -63,7 +55,6 @@ class PCKALoss(FeatureLoss):
         debiased: bool = False,
         intra_weight: float = 1.0,
         inter_weight: float = 0.0,
-        foreground_weight: float = 1.0,
         **common: Any,
     ) -> None:
         super().__init__(levels=levels, **common)
@@ -92,12 +83,6 @@ class PCKALoss(FeatureLoss):
                 "CHANNEL_WEIGHT equal"
             )
         check_relation_weights(self, intra_weight, inter_weight)
-        if foreground_weight <= 0:
-            raise UserError(
-                f"PCKALoss: FOREGROUND_WEIGHT must be positive, got {foreground_weight}"
-            )
-        if foreground_weight != 1:
-            self.reads = self.reads | {"boxes"}
         if form != "cka" and debiased:
             raise UserError(
                 f"PCKALoss: a debiased CKA may be negative, and the form {form!r} is for those "
@@ -108,7 +93,6 @@ class PCKALoss(FeatureLoss):
         # What the layout's centring takes out: a feature is of one image in it, or of all.
         if center or debiased:
             self.fill = "batch" if layout in ("sample", "batch") else "image"
-        self.foreground_weight = foreground_weight
         self._patch_sizes = sizes
         self._warned: set[str] = set()
         self.options: dict[str, Any] = {
@@ -186,20 +170,6 @@ class PCKALoss(FeatureLoss):
                 noise = 0.0 if self.options["debiased"] else features / (features + n)
                 expected.append(f"{part} {noise:.2f}")
         return f"{counts}; CKA of unrelated maps: {', '.join(expected)}"
-
-    def maps(self, student: Taps, teacher: Taps) -> Iterator[tuple[str, Tensor, Tensor]]:
-        for level, x, y in super().maps(student, teacher):
-            if self.foreground_weight != 1:
-                extents = student.extents(*student.features[level].shape[-2:])
-                inside = object_masks(student.boxes, student.covered(level, x.shape[-2:]), x)[0] > 0
-                cells = 1 + (self.foreground_weight - 1) * inside
-                if extents:
-                    cells = cells * own_cells(extents, x.device)[:, None]
-                over = None if self.fill == "zero" else self.fill
-                x, y = (weigh_cells(z, cells, over) for z in (x, y))
-                if extents:
-                    x, y = (without_padding(z, extents, self.fill) for z in (x, y))
-            yield level, x, y
 
     def compare(self, level: str, student: Tensor, teacher: Tensor) -> Tensor:
         p = self.patch_size(level)
