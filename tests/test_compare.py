@@ -174,25 +174,29 @@ def test_a_result_names_the_commit_that_made_it(plan, world, monkeypatch):
     monkeypatch.setattr(module, "REPOSITORY", repository)
 
     def git(*words):
-        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
         command = ["git", "-C", str(repository), *identity, *words]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    def codes():
+    def codes(runs):
         plan.with_name("results.jsonl").unlink(missing_ok=True)
-        made = make(plan)
+        made = make(plan, runs)
         return {row.get("code") for row in (*made.rows.values(), *made.teachers.values())}
 
-    assert codes() == {None}
+    assert codes("a") == {None}
     git("init", "--quiet")
     (repository / "projects" / "a.py").write_text("a = 1")
     git("add", ".")
     git("commit", "--quiet", "-m", "a")
     commit = git("rev-parse", "--short", "HEAD")
     (repository / "results.jsonl").write_text("what a comparison writes is no change of it")
-    assert codes() == {commit}
-    (repository / "projects" / "a.py").write_text("a = 2")
-    assert codes() == {f"{commit}+"}
+    # Of another repository, as a hook of it would have.
+    monkeypatch.setenv("GIT_DIR", str(REPO / ".git"))
+    assert codes("b") == {commit}
+    (repository / "projects" / "b.py").write_text("b = 1")
+    assert codes("c") == {f"{commit}+"}
+    # Runs that are there already were made by what was there then.
+    assert codes("b") == {commit} and codes("a") == {None}
 
 
 def test_an_interrupted_comparison_goes_on(plan, world):

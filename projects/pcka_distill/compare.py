@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import platform
 import re
 import statistics
@@ -42,6 +43,8 @@ T = TypeVar("T")
 
 # What the tool sets for each run.
 _OWN_KEYS = ("SEED", "OUTPUT_DIR", "MODEL.DISTILL.TEACHER.WEIGHTS")
+# The file in a run's folder with the commit that it began with.
+_CODE = "code.txt"
 
 
 @dataclass
@@ -427,6 +430,7 @@ def _execute(comparison: Comparison, job: Job, runs: Path, teacher: Path | None)
     opts.update(job.overrides)
     folder = runs / job.folder
     flat = [x for pair in opts.items() for x in pair]
+    _note_code(folder)
     try:
         found = run(task.config, folder, flat, label="", teacher=teacher, threads=1)
     except Diverged as e:
@@ -439,12 +443,13 @@ def _execute(comparison: Comparison, job: Job, runs: Path, teacher: Path | None)
 
 
 def _made_with(folder: Path) -> dict[str, str]:
-    """What a run was made with: where, and by which commit."""
+    """What a run was made with: where, and the commit that it began with, if that is known."""
     device = yaml.safe_load((folder / "config.yaml").read_text())["MODEL"]["DEVICE"]
     if device.startswith("cuda") and torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     where = f"torch {torch.__version__}, Python {platform.python_version()}, {device}"
-    return {"environment": where, **({"code": code} if (code := _code()) else {})}
+    code = folder / _CODE
+    return {"environment": where, **({"code": code.read_text()} if code.exists() else {})}
 
 
 def _code() -> str:
@@ -452,17 +457,29 @@ def _code() -> str:
     if not (REPOSITORY / ".git").exists():
         return ""
 
+    # Of a hook they would name another repository.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+
     def git(*words: str) -> str:
-        command = ["git", "-C", str(REPOSITORY), *words]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        command = ["git", "--no-optional-locks", "-C", str(REPOSITORY), *words]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        return done.stdout.strip()
 
     try:
         # Results themselves are a change that does not matter.
-        changed = git("status", "--porcelain", "--", "projects", "tools", "configs")
+        folders = ("projects", "tools", "configs")
+        changed = git("status", "--porcelain", "--untracked-files=normal", "--", *folders)
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         # No git, or none that may read it: a commit is worth less than the run.
         return ""
+
+
+def _note_code(folder: Path) -> None:
+    """Keep, beside a run that is about to begin, the commit that it begins with."""
+    if not (folder / "config.yaml").exists() and (code := _code()):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _CODE).write_text(code)
 
 
 def _result(found: dict[str, Any], folder: Path, plan: Plan) -> Row:
@@ -493,6 +510,9 @@ def _teachers(
     if len(set(folders.values())) < len(folders):
         raise UserError(f"teachers of one name: {', '.join(folders)}; rename their configs")
     weights = {config: folder / "model_final.pth" for config, folder in folders.items()}
+    for config, folder in folders.items():
+        if config not in comparison.teachers:
+            _note_code(folder)
     with ThreadPoolExecutor(processes) as pool:
         # On one thread each, as their students: on more a teacher is another, by its rounding.
         made = {
