@@ -284,6 +284,8 @@ def test_relations_of_too_few_images():
 
 
 def test_fgd_weighs_objects_and_relates_the_whole():
+    # Not those that other tests leave: LayerNorm of two nearly equal values magnifies rounding.
+    torch.manual_seed(0)
     s, t = feature_taps(0), feature_taps(1)
     s.images = torch.zeros(2, 3, 32, 32)
     s.boxes = [torch.tensor([[4.0, 4.0, 20.0, 16.0]]), torch.zeros(0, 4)]
