@@ -304,13 +304,11 @@ def operations(shape, **options):
     return seen
 
 
-def test_no_large_gram_and_no_copy(monkeypatch):
+def test_no_large_gram_and_no_copy():
     """Never P x P (2048 x 2048 here), nor all patches of a side: the gradient alone is as large.
 
     A second one is what backward puts into ``.grad``.
     """
-    # What is worked in at a time is less than these maps, on however many threads.
-    monkeypatch.setattr(functional, "_CACHE", (8 << 20) // torch.get_num_threads())
     shape = (8, 96, 64, 96)
     whole = 8 * 96 * 64 * 96
     assert patch_counts(shape, 16, "spatial") == (96, 24, 2048)

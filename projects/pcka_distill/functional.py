@@ -86,9 +86,9 @@ FILLS = ("zero", "image", "batch")
 
 # Bytes that are worked in at a time: a core's share of the caches; and, elsewhere, enough to fill
 # the device.
-_CACHE = 18 << 20
+_CACHE = 9 << 20
 _DEVICE_BUDGET = 64 << 20
-_LEAST = 6 << 20
+_LEAST = 3 << 20
 
 
 @contextlib.contextmanager
