@@ -430,9 +430,8 @@ def _execute(comparison: Comparison, job: Job, runs: Path, teacher: Path | None)
     opts.update(job.overrides)
     folder = runs / job.folder
     flat = [x for pair in opts.items() for x in pair]
-    _note_code(folder)
     try:
-        found = run(task.config, folder, flat, label="", teacher=teacher, threads=1)
+        found = _run(task.config, folder, flat, label="", teacher=teacher)
     except Diverged as e:
         return {"diverged": str(e), **_made_with(folder)}
     row = _result(found, folder, plan)
@@ -475,11 +474,15 @@ def _code() -> str:
         return ""
 
 
-def _note_code(folder: Path) -> None:
-    """Keep, beside a run that is about to begin, the commit that it begins with."""
+def _run(
+    config: str, folder: Path, opts: Sequence[Any] = (), *, label: str, teacher: Path | None = None
+) -> dict[str, Any]:
+    """:func:`.bench.run` on one thread; a run that begins keeps the commit that it begins with."""
     if not (folder / "config.yaml").exists() and (code := _code()):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _CODE).write_text(code)
+    # Teachers as their students: on more a teacher is another, by its rounding.
+    return run(config, folder, opts, label=label, teacher=teacher, threads=1)
 
 
 def _result(found: dict[str, Any], folder: Path, plan: Plan) -> Row:
@@ -510,13 +513,9 @@ def _teachers(
     if len(set(folders.values())) < len(folders):
         raise UserError(f"teachers of one name: {', '.join(folders)}; rename their configs")
     weights = {config: folder / "model_final.pth" for config, folder in folders.items()}
-    for config, folder in folders.items():
-        if config not in comparison.teachers:
-            _note_code(folder)
     with ThreadPoolExecutor(processes) as pool:
-        # On one thread each, as their students: on more a teacher is another, by its rounding.
         made = {
-            config: pool.submit(run, config, folder, label=folder.name, threads=1)
+            config: pool.submit(_run, config, folder, label=folder.name)
             for config, folder in folders.items()
             if config not in comparison.teachers or not weights[config].exists()
         }
