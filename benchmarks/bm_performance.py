@@ -167,9 +167,18 @@ def loss_section(rounds: int, device: torch.device) -> list[Row]:
         "intra, centred (the default)": {},
     }
     times: dict[str, list[list[float]]] = {}
-    peaks: dict[str, list[int]] = {name: [] for name in forms}
-    for level, shape in LEVELS.items():
-        x, y = maps(shape, device)
+    pairs = [maps(shape, device) for shape in LEVELS.values()]
+
+    def train(pairs: list[tuple[Tensor, Tensor]], options: dict[str, Any]) -> Any:
+        losses = [pcka_loss(x, y, **options) for x, y in pairs]
+        return torch.autograd.grad(sum(losses[1:], losses[0]), [x for x, _ in pairs])
+
+    def peak(pairs: list[tuple[Tensor, Tensor]], options: dict[str, Any]) -> float:
+        features = sum(2 * x.numel() * x.element_size() for x, _ in pairs)
+        train(pairs, options)
+        return peak_bytes(lambda: train(pairs, options), device) / features
+
+    for (level, shape), (x, y) in zip(LEVELS.items(), pairs):
         candidates = {
             "published": differentiate(published_pcka, x, y),
             "bare 1": bare_products(shape, 1, device),
@@ -177,12 +186,9 @@ def loss_section(rounds: int, device: torch.device) -> list[Row]:
         }
         for name, options in forms.items():
             candidates[name] = differentiate(pcka_loss, x, y, **options)
-            candidates[name]()
-            peaks[name].append(peak_bytes(candidates[name], device))
         measured = side_by_side(candidates, rounds, device, f"loss, {level}", once=("published",))
         for name, values in measured.items():
             times.setdefault(name, []).append(values)
-    features = [2 * 4 * BATCH * CHANNELS * h * w for h, w in LEVELS.values()]
     rows: list[Row] = []
     for name, options in forms.items():
         mine, bare = times[name], times["bare 2" if "inter_weight" in options else "bare 1"]
@@ -198,13 +204,13 @@ def loss_section(rounds: int, device: torch.device) -> list[Row]:
         )
         rows.append(
             {
-                "name": f"{name}: peak memory of the levels, one by one, / features of both sides",
-                "median": sum(peaks[name]) / sum(features),
+                "name": f"{name}: peak memory / features of both sides, P3 to P6 together",
+                "median": peak(pairs, options),
             }
         )
         if name == "intra + inter, centred":
-            for level, peak, of_both in zip(LEVELS, peaks[name], features):
-                rows.append({"name": f"the same, {level} alone", "median": peak / of_both})
+            for level, pair in zip(LEVELS, pairs):
+                rows.append({"name": f"the same, {level} alone", "median": peak([pair], options)})
     return rows
 
 
@@ -263,36 +269,55 @@ def step_section(rounds: int, device: torch.device) -> list[Row]:
         model = distilled(config, device)
         batch = images(1 if device.type == "cpu" else 2, 800, 1333)
 
-        def train(network: Any, batch: list[dict[str, Any]] = batch) -> None:
-            # The same regions and losses each time.
-            torch.manual_seed(0)
-            with EventStorage(0):
-                losses = network(batch)
-            sum(losses.values()).backward()
-            network.zero_grad(set_to_none=True)
-
         student: Any = model.student
         prepared = student.preprocess_image(batch).tensor
+        # In mixed precision the teacher is in half precision, too, as it is by default.
+        half = (torch.float16,) if device.type == "cuda" else ()
+        for precision in (None, *half):
+            name = title + (", AMP (float16)" if precision else "")
+            autocast = functools.partial(
+                torch.autocast, device.type, dtype=precision, enabled=precision is not None
+            )
 
-        def look(model: Any = model, prepared: Tensor = prepared) -> None:
-            with model.teacher.running():
-                model.teacher.model.backbone(prepared)
+            def train(
+                network: Any, batch: list[dict[str, Any]] = batch, autocast: Any = autocast
+            ) -> None:
+                # The same regions and losses each time.
+                torch.manual_seed(0)
+                with EventStorage(0), autocast():
+                    losses = network(batch)
+                sum(losses.values()).backward()
+                network.zero_grad(set_to_none=True)
 
-        candidates: dict[str, Callable[[], object]] = {
-            "plain": functools.partial(train, model.student),
-            "teacher": look,
-            "distilled": functools.partial(train, model),
-        }
-        # On a CPU each of them takes seconds.
-        once = tuple(candidates) if device.type == "cpu" else ()
-        times = side_by_side(candidates, rounds, device, f"step, {title}", once)
-        parts = add(times["plain"], times["teacher"])
-        rows += [
-            {"name": f"{title}: distilled step / (plain step + teacher's backbone)"}
-            | ratios(times["distilled"], parts),
-            {"name": f"{title}: distilled step / plain step"}
-            | ratios(times["distilled"], times["plain"]),
-        ]
+            def look(model: Any = model, x: Tensor = prepared, autocast: Any = autocast) -> None:
+                with autocast(), model.teacher.running():
+                    model.teacher.model.backbone(x)
+
+            candidates: dict[str, Callable[[], object]] = {
+                "plain": functools.partial(train, model.student),
+                "teacher": look,
+                "distilled": functools.partial(train, model),
+            }
+            # On a CPU each of them takes seconds.
+            once = tuple(candidates) if device.type == "cpu" else ()
+            times = side_by_side(candidates, rounds, device, f"step, {name}", once)
+            parts = add(times["plain"], times["teacher"])
+            rows += [
+                {"name": f"{name}: distilled step / (plain step + teacher's backbone)"}
+                | ratios(times["distilled"], parts),
+                {"name": f"{name}: distilled step / plain step"}
+                | ratios(times["distilled"], times["plain"]),
+            ]
+            if device.type == "cuda":
+                peaks = [peak_bytes(candidates[x], device) for x in ("distilled", "plain")]
+                rows.append(
+                    {
+                        "name": f"{name}: peak memory of a distilled step / of a plain step",
+                        "median": peaks[0] / peaks[1],
+                    }
+                )
+        # Before the next pair is built.
+        del model, student, prepared, candidates, train, look
     return rows
 
 

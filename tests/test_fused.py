@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pcka_distill import functional
+from pcka_distill import functional, fused
 from pcka_distill.functional import CHANNEL_LAYOUTS, FORMS, LAYOUTS, patch_counts, pcka_loss
 
 ATEN = torch.ops.aten
@@ -37,6 +37,16 @@ def both_forms(student, teacher, *settings, scale=1.0):
     return results
 
 
+def work_in(cache, monkeypatch):
+    """So many bytes at a time, or as on a GPU, in more steps than one."""
+    if cache == "few launches":
+        monkeypatch.setattr(fused, "in_caches", lambda device: False)
+        monkeypatch.setattr(functional, "_DEVICE_BUDGET", 1)
+        return
+    for name in ("_CACHE", "_LEAST"):
+        monkeypatch.setattr(functional, name, cache)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("center", [True, False])
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -44,10 +54,9 @@ def both_forms(student, teacher, *settings, scale=1.0):
 @pytest.mark.parametrize(
     ("shape", "patch"), [((2, 5, 9, 13), 4), ((3, 4, 16, 7), 2), ((1, 3, 8, 12), 4)]
 )
-@pytest.mark.parametrize("cache", [1, 1 << 30])
+@pytest.mark.parametrize("cache", [1, 1 << 30, "few launches"])
 def test_equal_to_the_plain_form(layout, center, weights, shape, patch, cache, monkeypatch):
-    for name in ("_CACHE", "_LEAST"):
-        monkeypatch.setattr(functional, name, cache)
+    work_in(cache, monkeypatch)
     s = rand(*shape, dtype=torch.float64)
     t = 0.5 * s + rand(*shape, seed=1, dtype=torch.float64)
     (loss, grad), (expected, expected_grad) = both_forms(
@@ -74,10 +83,9 @@ def test_forms_equal_to_the_plain_form(form, weights, near):
 
 @pytest.mark.parametrize("layout", CHANNEL_LAYOUTS)
 @pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("cache", [1, 1 << 30])
+@pytest.mark.parametrize("cache", [1, 1 << 30, "few launches"])
 def test_weighted_channels_are_the_sum_of_their_losses(layout, weights, cache, monkeypatch):
-    for name in ("_CACHE", "_LEAST"):
-        monkeypatch.setattr(functional, name, cache)
+    work_in(cache, monkeypatch)
     scale = torch.tensor([0.0, 0.3, 1.0, 5.0])[:, None, None]
     s = rand(2, 4, 8, 12, dtype=torch.float64).requires_grad_()
     t = rand(2, 4, 8, 12, seed=1, dtype=torch.float64) * scale + 7.0
@@ -278,12 +286,15 @@ class Operations(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.count = self.multiplications = 0
+        self.count = self.launches = self.multiplications = 0
         self.made = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         self.count += 1
+        alias = func._schema.returns[0].alias_info if func._schema.returns else None
+        made = not func._schema.name.startswith(("aten::empty", "aten::new_empty"))
+        self.launches += made and (alias is None or alias.is_write)
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
         if func.overloadpacket in (ATEN.bmm, ATEN.baddbmm, ATEN.baddbmm_):
             a, b = tensors[-2:]
@@ -324,6 +335,19 @@ def test_no_loop_over_channels(monkeypatch):
     for channels in (2, 64):
         counts.append(operations((2, channels, 20, 24), patch_size=4, inter_weight=1.0).count)
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [({}, 48), ({"inter_weight": 1.0}, 82), ({"form": "signed"}, 40)],
+)
+def test_few_launches_on_a_gpu(options, most, monkeypatch):
+    """Where each costs more than its work: those of one level, small or large."""
+    monkeypatch.setattr(fused, "in_caches", lambda device: False)
+    for side in (24, 128):
+        pcka_loss(rand(2, 4, side, side), rand(2, 4, side, side), patch_size=16, **options)
+        seen = operations((2, 4, side, side), patch_size=16, **options)
+        assert seen.launches <= most, seen.launches
 
 
 @pytest.mark.parametrize(

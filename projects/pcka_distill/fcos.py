@@ -6,10 +6,33 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from torch import Tensor, nn
 
 from pcka_distill.errors import UserError
+from pcka_distill.functional import widen
 
-__all__ = ["FCOS"]
+__all__ = ["FCOS", "widen_head"]
+
+
+def _widened(
+    head: nn.Module, inputs: Any, outputs: tuple[list[Tensor], ...]
+) -> tuple[list[Tensor], ...]:
+    return tuple([widen(x) for x in kind] for kind in outputs)
+
+
+def widen_head(model: Any) -> None:
+    """Let a Detectron2 FCOS compute its losses in fp32 under autocast; others are left alone.
+
+    Its GIoU loss (fvcore's) writes fp32 values into tensors of the type of its predictions, which
+    torch refuses in mixed precision.
+    """
+    try:
+        from detectron2.modeling.meta_arch.fcos import FCOSHead
+    except ImportError:
+        return
+    head = getattr(model, "head", None)
+    if isinstance(head, FCOSHead) and _widened not in head._forward_hooks.values():
+        head.register_forward_hook(_widened)
 
 
 def FCOS(cfg: CfgNode) -> Any:
@@ -30,7 +53,7 @@ def FCOS(cfg: CfgNode) -> Any:
         norm=node.NORM,
         prior_prob=node.PRIOR_PROB,
     )
-    return stock.FCOS(
+    model = stock.FCOS(
         backbone=backbone,
         head=head,
         head_in_features=list(node.IN_FEATURES),
@@ -45,6 +68,8 @@ def FCOS(cfg: CfgNode) -> Any:
         pixel_mean=cfg.MODEL.PIXEL_MEAN,
         pixel_std=cfg.MODEL.PIXEL_STD,
     )
+    widen_head(model)
+    return model
 
 
 # Other projects have an FCOS of their own: theirs stays.

@@ -36,9 +36,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pcka_distill import fused
 from pcka_distill.fused import (
     FORMS,
     Resize,
+    constant,
     dissimilarity,
     dissimilarity_,
     padded,
@@ -84,11 +86,12 @@ CHANNEL_FREE_LAYOUTS = ("per_image", "batch")
 #: what :func:`without_padding` can put in the place of padding
 FILLS = ("zero", "image", "batch")
 
-# Bytes that are worked in at a time: a core's share of the caches; and, elsewhere, enough to fill
-# the device.
+# Bytes that are worked in at a time: a core's share of the caches, but no more than the student's
+# features, and of small ones what makes a step worth it; on a GPU, where every step costs the time
+# of its launches, those of both sides, and of small ones this much.
 _CACHE = 9 << 20
-_DEVICE_BUDGET = 64 << 20
 _LEAST = 3 << 20
+_DEVICE_BUDGET = 64 << 20
 
 
 @contextlib.contextmanager
@@ -427,46 +430,54 @@ def _fused_pcka(
     axis = order[0] if n_group == 1 else None
     # Grams of half-precision features overflow.
     dtype = torch.promote_types(student.dtype, torch.float32)
-    loss = torch.zeros((), dtype=dtype, device=student.device)
-    grad = torch.empty_like(student, dtype=dtype) if gradient else None
+    like = torch.empty(0, dtype=dtype, device=student.device)
     apart = bool(center and intra_weight and inter_weight and form != "signed")
 
-    on_cpu = student.device.type == "cpu"
-    budget = _CACHE * torch.get_num_threads() if on_cpu else _DEVICE_BUDGET
-    # No more than the features themselves; of small ones that is not worth a step.
-    budget = min(budget, max(student.numel() * student.element_size(), _LEAST))
+    size = student.numel() * like.element_size()
+    small = fused.in_caches(student.device)
+    if small:
+        budget = min(_CACHE * torch.get_num_threads(), max(size, _LEAST))
+    else:
+        budget = max(2 * size, _DEVICE_BUDGET)
     # Patches of both and the gradient's; the stages of a resize; and Grams.
     values = (rows_of(n, apart) + n) * p + (10 if apart else 6) * padded(n) ** 2
-    if resized:
+    if resized and small:
         values += 3 * student.shape[0] * student.shape[1] * raised[0] * raised[1] // groups
-    step = groups if axis is None else max(1, min(groups, budget // (values * loss.element_size())))
+    step = groups if axis is None else max(1, min(groups, budget // (values * like.element_size())))
 
-    # Filled on its device: to send numbers there would make it wait.
-    wanted = [weight / groups for weight in (intra_weight, inter_weight) if weight]
-    weight = loss.new_empty(len(wanted), 1, 1, 1)
-    for row, value in zip(weight, wanted):
-        row.fill_(value)
+    wanted = tuple(weight / groups for weight in (intra_weight, inter_weight) if weight)
+    weight = constant(wanted, dtype, student.device)
     if weights is not None:
         weight = weight * weights[:, None, None]
 
-    # All steps work in the same memory.
-    z = workspace(step, n, p, loss, apart=apart)
-    by_x = loss.new_empty(step, n, p) if gradient else None
-    resize = None
+    def cut_off(x: Tensor) -> Tensor:
+        return x if axis is None else x.narrow(axis, start, count)
+
+    grad: Tensor | None = None
+
+    def whole() -> Tensor:
+        # Not before it is written to: by then there is room.
+        nonlocal grad
+        if grad is None:
+            grad = torch.empty_like(student, dtype=dtype)
+        return grad
+
+    loss: Any = None
+    z = by_x = resize = None
     for start in range(0, groups, step):
         count = min(step, groups - start)
-        parts = [student, teacher] if grad is None else [student, teacher, grad]
-        if axis is not None:
-            parts = [x.narrow(axis, start, count) for x in parts]
+        parts = [cut_off(x) for x in (student, teacher)]
         if resized and (resize is None or count < step):
-            resize = Resize(parts[0].shape, raised, loss)
-        if count < step:
-            z, by_x = z[:count], None if by_x is None else by_x[:count]
+            resize = Resize(parts[0].shape, raised, like)
+        # In caches all steps work in the same memory; otherwise it is free as soon as it can be.
+        z = workspace(count, n, p, like, apart=apart) if z is None else z[:count]
         for side, x in zip(sides(z, n), parts):
-            cells = _cut(resize(x) if resize else x, patch_size)
-            by_group = cells.permute(order)
-            side.view(by_group.shape).copy_(by_group)
-        loss += dissimilarity_(
+            by_group = _cut(resize(x) if resize else x, patch_size).permute(order)
+            shape = by_group.shape
+            side.view(shape).copy_(by_group)
+        if gradient:
+            by_x = like.new_empty(count, n, p) if by_x is None else by_x[:count]
+        part = dissimilarity_(
             z,
             n,
             by_x,
@@ -476,12 +487,19 @@ def _fused_pcka(
             center=center,
             form=form,
         )
-        if by_x is not None:
-            if not resize:
-                cells = _cut(parts[2], patch_size)
-            cells.copy_(by_x.view(by_group.shape).permute(inverse))
-            if resize:
-                parts[2].copy_(resize.gradient())
+        loss = part if loss is None else loss + part
+        if not small:
+            del side, by_group
+            z = None
+        if by_x is None:
+            continue
+        maps = resize.maps() if resize else cut_off(whole())
+        _cut(maps, patch_size).copy_(by_x.view(shape).permute(inverse))
+        if not small:
+            by_x = None
+        if resize:
+            maps = resize.gradient(maps)
+            cut_off(whole()).copy_(maps)
     return loss, grad
 
 

@@ -34,8 +34,10 @@ from torch import Tensor
 __all__ = [
     "FORMS",
     "Resize",
+    "constant",
     "dissimilarity",
     "dissimilarity_",
+    "in_caches",
     "padded",
     "rows_of",
     "sides",
@@ -49,6 +51,8 @@ Bands = tuple[tuple[slice, slice, Tensor], ...]
 
 # Below it the steep forms go on as straight lines, so that no slope is infinite.
 _FLOOR = 1e-4
+# Below any norm of a Gram of unit trace, and small enough to be squared.
+_LEAST_NORM = 1e-6
 
 
 def dissimilarity(cka: Tensor, form: str) -> Tensor:
@@ -106,11 +110,16 @@ def _bands(
     return tuple(bands)
 
 
+def in_caches(device: torch.device) -> bool:
+    """Whether work is done in small pieces, as a core's caches ask; a GPU asks for few launches."""
+    return device.type == "cpu"
+
+
 class Resize:
     """Bilinear resize of maps of one shape (B, C, H, W), and its gradient, without a graph.
 
-    It is linear and separable, so it is a product with a band matrix from either side. Both
-    methods work in the same memory: what one returns holds until either is called again.
+    It is linear and separable, so it is a product with a band matrix from either side. On a CPU
+    both methods work in the same memory: what one returns holds until either is called again.
 
     Args:
         shape: (B, C, H, W) of what is resized.
@@ -119,9 +128,11 @@ class Resize:
     """
 
     def __init__(self, shape: torch.Size, to: tuple[int, int], like: Tensor) -> None:
+        self._shape, self._to, self._like = shape, to, like
+        self._on_cpu = in_caches(like.device)
+        if not self._on_cpu:
+            return
         b, c, h, w = shape
-        # A core is quickest where few cells of a band are zero, a GPU on one large product.
-        by_row, by_column = (8, 16) if like.device.type == "cpu" else (None, None)
         # Height is the first axis, so that both are plain matrix products; width is resized first,
         # while there are fewer rows.
         self._small = like.new_empty(h, b, c, w)
@@ -129,40 +140,74 @@ class Resize:
         self._large = like.new_empty(to[0], b, c, to[1]) if h != to[0] else self._wide
         small, wide = self._small.view(-1, w), self._wide.view(-1, to[1])
         low, high = self._wide.view(h, -1), self._large.view(to[0], -1)
-
-        def bands(backward: bool) -> tuple[Bands, Bands]:
-            facts = (backward, like.dtype, like.device)
-            return _bands(h, to[0], by_row, *facts), _bands(w, to[1], by_column, *facts)
-
-        rows, columns = bands(backward=False)
+        rows, columns = self._bands(backward=False)
         self._forward = [(small[:, i], m.mT, wide[:, o]) for o, i, m in columns]
         self._forward += [(m, low[i], high[o]) for o, i, m in rows]
-        rows, columns = bands(backward=True)
+        rows, columns = self._bands(backward=True)
         self._backward = [(m, high[i], low[o]) for o, i, m in rows]
         self._backward += [(wide[:, i], m.mT, small[:, o]) for o, i, m in columns]
 
+    def _bands(self, backward: bool) -> tuple[Bands, Bands]:
+        # A core is quickest where few cells of a band are zero, a GPU on one large product.
+        by_row, by_column = (8, 16) if self._on_cpu else (None, None)
+        h, w = self._shape[-2:]
+        facts = (backward, self._like.dtype, self._like.device)
+        return _bands(h, self._to[0], by_row, *facts), _bands(w, self._to[1], by_column, *facts)
+
     def __call__(self, x: Tensor) -> Tensor:
         """The resized maps (B, C, H', W') of x."""
+        if not self._on_cpu:
+            # One launch.
+            x = x.to(self._like.dtype)
+            return F.interpolate(x, size=self._to, mode="bilinear", align_corners=False)
         self._small.copy_(x.permute(2, 0, 1, 3))
         for a, b, out in self._forward:
             torch.mm(a, b, out=out)
         return self._large.permute(1, 2, 0, 3)
 
-    def gradient(self) -> Tensor:
-        """The gradient (B, C, H, W) of x, once that of the resized maps is written over them."""
+    def maps(self) -> Tensor:
+        """Room for the gradient of the resized maps (B, C, H', W')."""
+        if not self._on_cpu:
+            return self._like.new_empty(*self._shape[:2], *self._to)
+        return self._large.permute(1, 2, 0, 3)
+
+    def gradient(self, maps: Tensor) -> Tensor:
+        """The gradient (B, C, H, W) of x, of that which was written into :meth:`maps`."""
+        if not self._on_cpu:
+            # torch's own would add in any order, and no run would be like another.
+            rows, columns = self._bands(backward=True)
+            for _, _, m in rows:
+                maps = m @ maps
+            for _, _, m in columns:
+                maps = maps @ m.mT
+            return maps
         for a, b, out in self._backward:
             torch.mm(a, b, out=out)
         return self._small.permute(1, 2, 0, 3)
 
 
-def _varies(left: Tensor, lost: Tensor) -> Tensor:
-    """Where sums of squares are more than the rounding error of the means that were taken out.
+@functools.lru_cache(maxsize=256)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(R, 1, 1, 1), not to be written to. Filled on its device: to send it would make it wait."""
+    made = torch.empty(len(values), 1, 1, 1, dtype=dtype, device=device)
+    for row, value in zip(made, values):
+        row.fill_(value)
+    return made
 
-    NaN and infinity must stay visible (they compare False to what is made of them), so this tests
-    for "does not vary".
+
+def _least(z: Tensor, means: Sequence[tuple[Tensor, int]]) -> Tensor:
+    """What a sum of squares is, at the least, if it is more than rounding errors.
+
+    Args:
+        z: a tensor of the type and on the device.
+        means: (2, G, ...), that were taken out, and of how many values each.
     """
-    info = torch.finfo(left.dtype)
-    return ~(left < ((16 * info.eps) ** 2 * (left + lost)).clamp(min=info.tiny))
+    info = torch.finfo(z.dtype)
+    least = constant((info.tiny,), z.dtype, z.device)
+    for mean, n in means:
+        lost = torch.linalg.vector_norm(mean, dim=(-2, -1), keepdim=True)
+        least = torch.addcmul(least, lost, lost, value=n * (16 * info.eps) ** 2)
+    return least
 
 
 def _signed_(
@@ -177,26 +222,25 @@ def _signed_(
         dims: the dimensions to centre over.
         center: whether to.
     """
-    loss = both.new_zeros(())
-    made = []
-    for weight_, dim in zip(weight, dims):
-        x = both
-        lost = x.new_zeros(())
+    losses = []
+    for i, (weight_, dim) in enumerate(zip(weight, dims)):
+        x, means = both, []
         if center:
             mean = x.mean(dim, keepdim=True)
-            x = x - mean
-            lost = x.shape[dim] * mean.square().sum((-2, -1), keepdim=True)
-        square = x.square().sum((-2, -1), keepdim=True)
-        varies = _varies(square, lost)
-        inverse = torch.where(varies, square, 1).rsqrt() * varies
-        x = x * inverse
+            # In place where nobody reads it after.
+            x = x - mean if i + 1 < len(dims) else x.sub_(mean)
+            means.append((mean, x.shape[dim]))
+        norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+        dead = norm.square() < _least(both, means)
+        norm.masked_fill_(dead, math.inf)
+        x = x.div_(norm) if center or i + 1 == len(dims) else x / norm
         similarity = (x[0] * x[1]).sum((-2, -1), keepdim=True)
-        loss += (weight_ * torch.where(varies[1], 1 - similarity, 0)).sum()
+        losses.append((weight_ * (1 - similarity).masked_fill_(dead[1], 0)).sum())
         if grad is not None:
-            made.append((x[0] * similarity - x[1]) * (weight_ * inverse[0]))
-    if grad is not None:
-        grad.copy_(sum(made[1:], made[0]))
-    return loss
+            made = torch.mul(x[0], similarity, out=grad if i == 0 else None).sub_(x[1])
+            scale = weight_ / norm[0]
+            made.mul_(scale) if i == 0 else grad.addcmul_(made, scale)
+    return sum(losses[1:], losses[0])
 
 
 def padded(n: int) -> int:
@@ -225,7 +269,7 @@ def workspace(groups: int, n: int, p: int, like: Tensor, *, apart: bool) -> Tens
     """
     z = like.new_zeros(groups, rows_of(n, apart), p)
     if apart:
-        z[:, -1] = 1
+        z[:, -1].fill_(1)
     return z
 
 
@@ -267,22 +311,23 @@ def dissimilarity_(
         dims = [dim for dim, wanted in ((-2, intra), (-1, inter)) if wanted]
         return _signed_(both, grad, weight, dims, center=center)
 
+    # Every operation on a GPU costs the time of its launch: there are as few as can be.
     columns = rows = None
-    lost = z.new_zeros(2, g, 1, 1)
+    means = []
     if center and intra:
         columns = both.mean(-2, keepdim=True)
         both -= columns
-        lost += n * columns.square().sum((-2, -1), keepdim=True)
+        means.append((columns, n))
     if center and inter:
         rows = both.mean(-1, keepdim=True)
         both -= rows
-        lost += p * rows.square().sum((-2, -1), keepdim=True)
+        means.append((rows, p))
 
     end = padded(n)
     x, y = z[:, :end], z[:, end : 2 * end]
     products = z.new_empty(2 + inter, g, end, end)
-    torch.bmm(x, x.mT, out=products[0])
-    torch.bmm(y, y.mT, out=products[1])
+    for side, out in zip((x, y), products):
+        torch.bmm(side, side.mT, out=out)
     if inter:
         torch.bmm(x, y.mT, out=products[2])
     products = products[..., :n, :n]
@@ -294,56 +339,62 @@ def dissimilarity_(
         c = z[:, -3:-1]
         c.copy_((columns - columns.mean(-1, keepdim=True)).squeeze(2).transpose(0, 1))
         cc = c @ c.mT
-        of_x, of_y = (c @ z[:, : 2 * end].mT).unflatten(2, (2, -1))[..., :n].unbind(2)
-        m += of_x[:, 1, :, None] + cc[:, :1, 1:]
-        m += of_y[:, 0, None]
-        half = torch.stack([of_x[:, 0] + cc[:, 0, :1] / 2, of_y[:, 1] + cc[:, 1, 1:] / 2])
+        # Of either c with D of either side: (G, 2, 2, N).
+        dc = (c @ z[:, : 2 * end].mT).unflatten(2, (2, -1))[..., :n]
+        m += (dc[:, 1, 0] + cc[:, 0, 1, None])[..., None]
+        m += dc[:, 0, 1, None]
         apart = z.new_empty(2, 2, g, n, n)
         torch.addcmul(grams[0], rows, rows.mT, value=p, out=apart[0])
-        torch.add(grams[0], half[..., None], out=apart[1])
-        apart[1].add_(half[..., None, :])
+        own = dc.diagonal(dim1=1, dim2=2).permute(2, 0, 1)
+        torch.add(grams[0], own[..., None], out=apart[1])
+        own = own + cc.diagonal(dim1=1, dim2=2).mT[..., None]
+        apart[1].add_(own[..., None, :])
         grams = apart
 
     trace = grams.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    varies = _varies(trace, lost)
+    # NaN and infinity must stay visible (they compare False to what is made of them), so this
+    # tests for what does not vary.
+    dead = trace < _least(z, means)
     # A CKA does not depend on the scale: Grams of unit trace can be squared, whatever theirs was.
-    scale = torch.where(varies, trace, math.inf).reciprocal()
-    grams *= scale
+    trace.masked_fill_(dead, math.inf)
+    grams /= trace
+    # Of unit trace it is at least 1 / sqrt(N); of what does not vary it is 0.
     norms = torch.linalg.vector_norm(grams, dim=(-2, -1), keepdim=True)
-    inverse = torch.where(varies, norms, math.inf).reciprocal()
+    inverse = norms.clamp_(min=_LEAST_NORM).reciprocal_()
     product = inverse[:, 0] * inverse[:, 1]
-    dots, factors = [], []
+    dots = []
     if intra:
         dots.append((grams[0, 0] * grams[0, 1]).sum((-2, -1), keepdim=True))
-        factors.append(scale[0, 0])
     if inter:
-        root = scale[-1].sqrt()
-        factors.append(root[0] * root[1])
-        m *= factors[-1]
-        dots.append(m.square().sum((-2, -1), keepdim=True))
-    cka = torch.stack(dots) * product
-    loss = (weight * torch.where(varies[:, 1], dissimilarity(cka, form), 0)).sum()
+        root = trace[-1].rsqrt()
+        of_m = root[0] * root[1]
+        m *= of_m
+        dots.append(torch.linalg.vector_norm(m, dim=(-2, -1), keepdim=True).square_())
+    cka = product * (torch.stack(dots) if len(dots) > 1 else dots[0])
+    loss = (weight * dissimilarity(cka, form).masked_fill_(dead[:, 1], 0)).sum()
     if grad is None:
         return loss
 
     # The gradient is a product with X, Y and what D lacks.
-    twice = 2 * weight * _slope(cka, form)
-    of_k = twice * cka * (scale[:, 0] * inverse[:, 0].square())
-    of_other = -twice * product * torch.stack(factors)
+    twice = 2 * weight
+    if form != "cka":
+        twice = twice * _slope(cka, form)
+    of_l = twice * product
+    of_k = twice * inverse[:, 0].square() * cka / trace[:, 0]
     used = z if inter else x
     factor = z.new_zeros(g, n, used.shape[1])
     times_x = factor[..., :n]
     if intra:
         torch.mul(grams[0, 0], of_k[0], out=times_x)
-        times_x.addcmul_(grams[0, 1], of_other[0])
+        times_x.addcmul_(grams[0, 1], of_l[0] / trace[0, 0], value=-1)
         if rows is not None and apart is not None:
             torch.sum(times_x * rows[0].mT, -1, out=factor[..., -1])
     if inter:
         times_y = factor[..., end : end + n]
-        torch.mul(m, of_other[-1], out=times_y)
+        torch.mul(m, of_l[-1] * -of_m, out=times_y)
         times_x.addcmul_(grams[-1, 0], of_k[-1])
         if apart is not None:
-            factor[..., -3] = apart[1, 0].sum(-1) * of_k[1, ..., 0]
-            factor[..., -2] = times_y.sum(-1)
+            torch.mul(apart[1, 0].sum(-1), of_k[1, ..., 0], out=factor[..., -3])
+            torch.sum(times_y, -1, out=factor[..., -2])
     torch.bmm(factor, used, out=grad)
     return loss

@@ -24,6 +24,7 @@ from pcka_distill.build import (
 )
 from pcka_distill.checkpoint import hide_prefix
 from pcka_distill.errors import UserError
+from pcka_distill.fcos import widen_head
 from pcka_distill.functional import linear_cka, pool_places, without_padding
 from pcka_distill.losses import DistillLoss
 from pcka_distill.pairing import LevelPair, align, describe, pair_levels
@@ -83,6 +84,8 @@ class DistillationModel(nn.Module):
     ) -> None:
         super().__init__()
         self.student = student
+        # Of one that was not built from a yaml.
+        widen_head(student)
         self.distill = nn.ModuleDict()
         for loss in losses:
             if loss.name in self.distill:
