@@ -23,7 +23,7 @@ ALLOWED = {
     "backbones": {"errors"},
     "psp": {"errors"},
     "cifar": set(),
-    "fcos": {"errors"},
+    "fcos": {"errors", "functional"},
     "pairing": {"errors"},
     "checkpoint": {"errors"},
     "classifier": {"errors", "checkpoint", "cifar", "recorder"},
@@ -35,7 +35,7 @@ ALLOWED = {
     "data": {"errors", "checkpoint", "build"},
     "meta_arch": {
         "errors", "structures", "recorder", "pairing", "losses", "adapters", "teacher", "build",
-        "checkpoint", "functional",
+        "checkpoint", "functional", "fcos",
     },
     "memory": {"errors"},
     "preflight": {"errors", "teacher"},

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pcka_distill import fused
+import pcka_distill.fused as fused
 from pcka_distill.fused import (
     FORMS,
     Resize,
