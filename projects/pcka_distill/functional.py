@@ -36,11 +36,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-import pcka_distill.fused as fused
 from pcka_distill.fused import (
     FORMS,
+    BandedResize,
     Resize,
-    constant,
     dissimilarity,
     dissimilarity_,
     padded,
@@ -86,12 +85,17 @@ CHANNEL_FREE_LAYOUTS = ("per_image", "batch")
 #: what :func:`without_padding` can put in the place of padding
 FILLS = ("zero", "image", "batch")
 
-# Bytes that are worked in at a time: a core's share of the caches, but no more than the student's
-# features, and of small ones what makes a step worth it; on a GPU, where every step costs the time
-# of its launches, those of both sides, and of small ones this much.
+# Bytes that are worked in at a time. On a CPU a core's share of its caches, but no more than the
+# student's features take; if those are small, what makes a step worth it. On a GPU, where each step
+# costs the time of its launches, as much as the features of both sides take, or at least this.
 _CACHE = 9 << 20
 _LEAST = 3 << 20
 _DEVICE_BUDGET = 64 << 20
+
+
+def in_caches(device: torch.device) -> bool:
+    """Whether work is cut into pieces for a core's caches; a GPU wants few launches instead."""
+    return device.type == "cpu"
 
 
 @contextlib.contextmanager
@@ -322,7 +326,8 @@ def without_padding(x: Tensor, extents: Sequence[tuple[int, int]], fill: str = "
 
 def own_cells(extents: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
     """(B, H, W), False where :func:`without_padding` fills."""
-    rows, columns = torch.tensor(extents, device=device).unbind(1)
+    # A GPU need not have come as far as this for the numbers to be sent.
+    rows, columns = torch.tensor(extents).to(device, non_blocking=True).unbind(1)
     row, column = (
         torch.arange(int(side), device=device) for side in (max(x) for x in zip(*extents))
     )
@@ -370,8 +375,8 @@ def to_patches(x: Tensor, patch_size: int, layout: str) -> Tensor:
 class _FusedPCKA(torch.autograd.Function):
     """:func:`pcka_loss` against a constant teacher, some groups at a time.
 
-    What a few groups need stays in a core's cache, and all that is kept is the student's
-    gradient: it is made together with the loss, and backward scales it.
+    All that is kept is the student's gradient: it is made together with the loss, and backward
+    scales it.
     """
 
     @staticmethod
@@ -434,21 +439,20 @@ def _fused_pcka(
     apart = bool(center and intra_weight and inter_weight and form != "signed")
 
     size = student.numel() * like.element_size()
-    small = fused.in_caches(student.device)
-    if small:
+    small_steps = in_caches(student.device)
+    if small_steps:
         budget = min(_CACHE * torch.get_num_threads(), max(size, _LEAST))
     else:
         budget = max(2 * size, _DEVICE_BUDGET)
     # Patches of both and the gradient's; the stages of a resize; and Grams.
     values = (rows_of(n, apart) + n) * p + (10 if apart else 6) * padded(n) ** 2
-    if resized and small:
+    if resized and small_steps:
         values += 3 * student.shape[0] * student.shape[1] * raised[0] * raised[1] // groups
     step = groups if axis is None else max(1, min(groups, budget // (values * like.element_size())))
 
-    wanted = tuple(weight / groups for weight in (intra_weight, inter_weight) if weight)
-    weight = constant(wanted, dtype, student.device)
+    wanted = [weight / groups for weight in (intra_weight, inter_weight) if weight]
     if weights is not None:
-        weight = weight * weights[:, None, None]
+        weights = weights[:, None, None]
 
     def cut_off(x: Tensor) -> Tensor:
         return x if axis is None else x.narrow(axis, start, count)
@@ -456,7 +460,7 @@ def _fused_pcka(
     grad: Tensor | None = None
 
     def whole() -> Tensor:
-        # Not before it is written to: by then there is room.
+        # Made when it is first written to: by then a GPU has freed the patches.
         nonlocal grad
         if grad is None:
             grad = torch.empty_like(student, dtype=dtype)
@@ -468,7 +472,8 @@ def _fused_pcka(
         count = min(step, groups - start)
         parts = [cut_off(x) for x in (student, teacher)]
         if resized and (resize is None or count < step):
-            resize = Resize(parts[0].shape, raised, like)
+            kind = BandedResize if small_steps else Resize
+            resize = kind(parts[0].shape, raised, like)
         # In caches all steps work in the same memory; otherwise it is free as soon as it can be.
         z = workspace(count, n, p, like, apart=apart) if z is None else z[:count]
         for side, x in zip(sides(z, n), parts):
@@ -481,25 +486,27 @@ def _fused_pcka(
             z,
             n,
             by_x,
-            weight if weights is None else weight[:, start : start + count],
+            wanted if weights is None else [w * weights[start : start + count] for w in wanted],
             intra=bool(intra_weight),
             inter=bool(inter_weight),
             center=center,
             form=form,
         )
         loss = part if loss is None else loss + part
-        if not small:
+        if not small_steps:
             del side, by_group
             z = None
         if by_x is None:
             continue
         maps = resize.maps() if resize else cut_off(whole())
         _cut(maps, patch_size).copy_(by_x.view(shape).permute(inverse))
-        if not small:
+        if not small_steps:
             by_x = None
         if resize:
             maps = resize.gradient(maps)
             cut_off(whole()).copy_(maps)
+        if not small_steps:
+            del maps
     return loss, grad
 
 

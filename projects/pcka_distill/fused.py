@@ -33,11 +33,10 @@ from torch import Tensor
 
 __all__ = [
     "FORMS",
+    "BandedResize",
     "Resize",
-    "constant",
     "dissimilarity",
     "dissimilarity_",
-    "in_caches",
     "padded",
     "rows_of",
     "sides",
@@ -51,8 +50,6 @@ Bands = tuple[tuple[slice, slice, Tensor], ...]
 
 # Below it the steep forms go on as straight lines, so that no slope is infinite.
 _FLOOR = 1e-4
-# Below any norm of a Gram of unit trace, and small enough to be squared.
-_LEAST_NORM = 1e-6
 
 
 def dissimilarity(cka: Tensor, form: str) -> Tensor:
@@ -110,16 +107,8 @@ def _bands(
     return tuple(bands)
 
 
-def in_caches(device: torch.device) -> bool:
-    """Whether work is done in small pieces, as a core's caches ask; a GPU asks for few launches."""
-    return device.type == "cpu"
-
-
 class Resize:
-    """Bilinear resize of maps of one shape (B, C, H, W), and its gradient, without a graph.
-
-    It is linear and separable, so it is a product with a band matrix from either side. On a CPU
-    both methods work in the same memory: what one returns holds until either is called again.
+    """Bilinear resize of maps of one shape (B, C, H, W), and its gradient, in a few launches.
 
     Args:
         shape: (B, C, H, W) of what is resized.
@@ -128,10 +117,42 @@ class Resize:
     """
 
     def __init__(self, shape: torch.Size, to: tuple[int, int], like: Tensor) -> None:
-        self._shape, self._to, self._like = shape, to, like
-        self._on_cpu = in_caches(like.device)
-        if not self._on_cpu:
-            return
+        self.shape, self.to, self.like = shape, to, like
+
+    def bands(self, by_row: int | None, by_column: int | None, backward: bool) -> tuple[Bands, ...]:
+        """Those of either side, see :func:`_bands`."""
+        h, w = self.shape[-2:]
+        facts = (backward, self.like.dtype, self.like.device)
+        return _bands(h, self.to[0], by_row, *facts), _bands(w, self.to[1], by_column, *facts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The resized maps (B, C, H', W') of x."""
+        x = x.to(self.like.dtype)
+        return F.interpolate(x, size=self.to, mode="bilinear", align_corners=False)
+
+    def maps(self) -> Tensor:
+        """Room for the gradient of the resized maps (B, C, H', W')."""
+        return self.like.new_empty(*self.shape[:2], *self.to)
+
+    def gradient(self, maps: Tensor) -> Tensor:
+        """The gradient (B, C, H, W) of x, of that which was written into :meth:`maps`."""
+        # A product for each side: what torch has for it adds up in another order in every run.
+        rows, columns = self.bands(None, None, backward=True)
+        for _, _, m in rows:
+            maps = m @ maps
+        for _, _, m in columns:
+            maps = maps @ m.mT
+        return maps
+
+
+class BandedResize(Resize):
+    """The same in a core's caches: a resize is linear and separable, a product with a band matrix.
+
+    All methods work in the same memory: what one returns holds until another is called.
+    """
+
+    def __init__(self, shape: torch.Size, to: tuple[int, int], like: Tensor) -> None:
+        super().__init__(shape, to, like)
         b, c, h, w = shape
         # Height is the first axis, so that both are plain matrix products; width is resized first,
         # while there are fewer rows.
@@ -140,85 +161,59 @@ class Resize:
         self._large = like.new_empty(to[0], b, c, to[1]) if h != to[0] else self._wide
         small, wide = self._small.view(-1, w), self._wide.view(-1, to[1])
         low, high = self._wide.view(h, -1), self._large.view(to[0], -1)
-        rows, columns = self._bands(backward=False)
+        # Narrow bands have few zeros, and each is a call.
+        rows, columns = self.bands(8, 16, backward=False)
         self._forward = [(small[:, i], m.mT, wide[:, o]) for o, i, m in columns]
         self._forward += [(m, low[i], high[o]) for o, i, m in rows]
-        rows, columns = self._bands(backward=True)
+        rows, columns = self.bands(8, 16, backward=True)
         self._backward = [(m, high[i], low[o]) for o, i, m in rows]
         self._backward += [(wide[:, i], m.mT, small[:, o]) for o, i, m in columns]
 
-    def _bands(self, backward: bool) -> tuple[Bands, Bands]:
-        # A core is quickest where few cells of a band are zero, a GPU on one large product.
-        by_row, by_column = (8, 16) if self._on_cpu else (None, None)
-        h, w = self._shape[-2:]
-        facts = (backward, self._like.dtype, self._like.device)
-        return _bands(h, self._to[0], by_row, *facts), _bands(w, self._to[1], by_column, *facts)
-
     def __call__(self, x: Tensor) -> Tensor:
-        """The resized maps (B, C, H', W') of x."""
-        if not self._on_cpu:
-            # One launch.
-            x = x.to(self._like.dtype)
-            return F.interpolate(x, size=self._to, mode="bilinear", align_corners=False)
         self._small.copy_(x.permute(2, 0, 1, 3))
         for a, b, out in self._forward:
             torch.mm(a, b, out=out)
-        return self._large.permute(1, 2, 0, 3)
+        return self.maps()
 
     def maps(self) -> Tensor:
-        """Room for the gradient of the resized maps (B, C, H', W')."""
-        if not self._on_cpu:
-            return self._like.new_empty(*self._shape[:2], *self._to)
         return self._large.permute(1, 2, 0, 3)
 
     def gradient(self, maps: Tensor) -> Tensor:
-        """The gradient (B, C, H, W) of x, of that which was written into :meth:`maps`."""
-        if not self._on_cpu:
-            # torch's own would add in any order, and no run would be like another.
-            rows, columns = self._bands(backward=True)
-            for _, _, m in rows:
-                maps = m @ maps
-            for _, _, m in columns:
-                maps = maps @ m.mT
-            return maps
         for a, b, out in self._backward:
             torch.mm(a, b, out=out)
         return self._small.permute(1, 2, 0, 3)
 
 
-@functools.lru_cache(maxsize=256)
-def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(R, 1, 1, 1), not to be written to. Filled on its device: to send it would make it wait."""
-    made = torch.empty(len(values), 1, 1, 1, dtype=dtype, device=device)
-    for row, value in zip(made, values):
-        row.fill_(value)
-    return made
+def _dead(square: Tensor, means: Sequence[tuple[Tensor, int]]) -> Tensor:
+    """Where sums of squares are no more than the rounding errors of what was taken out before.
 
-
-def _least(z: Tensor, means: Sequence[tuple[Tensor, int]]) -> Tensor:
-    """What a sum of squares is, at the least, if it is more than rounding errors.
+    NaN and infinity must stay visible: compared to anything they are False.
 
     Args:
-        z: a tensor of the type and on the device.
+        square: (..., G, 1, 1).
         means: (2, G, ...), that were taken out, and of how many values each.
     """
-    info = torch.finfo(z.dtype)
-    least = constant((info.tiny,), z.dtype, z.device)
+    info = torch.finfo(square.dtype)
     for mean, n in means:
         lost = torch.linalg.vector_norm(mean, dim=(-2, -1), keepdim=True)
-        least = torch.addcmul(least, lost, lost, value=n * (16 * info.eps) ** 2)
-    return least
+        square = torch.addcmul(square, lost, lost, value=-n * (16 * info.eps) ** 2)
+    return square < info.tiny
 
 
 def _signed_(
-    both: Tensor, grad: Tensor | None, weight: Tensor, dims: Sequence[int], *, center: bool
+    both: Tensor,
+    grad: Tensor | None,
+    weight: Sequence[float | Tensor],
+    dims: Sequence[int],
+    *,
+    center: bool,
 ) -> Tensor:
     """weight * (1 - <X, Y> / (|X| |Y|)), X and Y centred over a dimension, summed.
 
     Args:
         both: (2, G, N, P), X and Y.
         grad: see :func:`dissimilarity_`.
-        weight: (1 or 2, 1 or G, 1, 1), of each dimension.
+        weight: a number or (1 or G, 1, 1), of each dimension.
         dims: the dimensions to centre over.
         center: whether to.
     """
@@ -227,11 +222,11 @@ def _signed_(
         x, means = both, []
         if center:
             mean = x.mean(dim, keepdim=True)
-            # In place where nobody reads it after.
+            # The last relation may overwrite what no other reads any more.
             x = x - mean if i + 1 < len(dims) else x.sub_(mean)
             means.append((mean, x.shape[dim]))
         norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-        dead = norm.square() < _least(both, means)
+        dead = _dead(norm.square(), means)
         norm.masked_fill_(dead, math.inf)
         x = x.div_(norm) if center or i + 1 == len(dims) else x / norm
         similarity = (x[0] * x[1]).sum((-2, -1), keepdim=True)
@@ -241,6 +236,18 @@ def _signed_(
             scale = weight_ / norm[0]
             made.mul_(scale) if i == 0 else grad.addcmul_(made, scale)
     return sum(losses[1:], losses[0])
+
+
+def _stacked(weight: Sequence[float | Tensor], like: Tensor) -> float | Tensor:
+    """What multiplies (1 or 2, G, 1, 1) by the weight of each relation."""
+    first = weight[0]
+    if all(x is first or (isinstance(x, float) and x == first) for x in weight):
+        return first
+    made = torch.empty_like(like)
+    for row, x in zip(made, weight):
+        # Filled where it is: sending a number to a GPU makes the processor wait for it.
+        row.copy_(x) if isinstance(x, Tensor) else row.fill_(x)
+    return made
 
 
 def padded(n: int) -> int:
@@ -282,7 +289,7 @@ def dissimilarity_(
     z: Tensor,
     n: int,
     grad: Tensor | None,
-    weight: Tensor,
+    weight: Sequence[float | Tensor],
     *,
     intra: bool,
     inter: bool,
@@ -296,7 +303,7 @@ def dissimilarity_(
             fast where N <= P.
         n: N.
         grad: (G, N, P), written: the gradient with respect to X; None leaves it out.
-        weight: (1 or 2, 1 or G, 1, 1), of each relation that is wanted, of every pair.
+        weight: a number or (1 or G, 1, 1), of each relation that is wanted, of every pair.
         intra: whether the one is wanted.
         inter: whether the other is; one of them has to be.
         center: centre over N for intra, over P for inter.
@@ -352,15 +359,12 @@ def dissimilarity_(
         grams = apart
 
     trace = grams.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    # NaN and infinity must stay visible (they compare False to what is made of them), so this
-    # tests for what does not vary.
-    dead = trace < _least(z, means)
+    dead = _dead(trace, means)
     # A CKA does not depend on the scale: Grams of unit trace can be squared, whatever theirs was.
     trace.masked_fill_(dead, math.inf)
     grams /= trace
-    # Of unit trace it is at least 1 / sqrt(N); of what does not vary it is 0.
     norms = torch.linalg.vector_norm(grams, dim=(-2, -1), keepdim=True)
-    inverse = norms.clamp_(min=_LEAST_NORM).reciprocal_()
+    inverse = norms.masked_fill_(dead, math.inf).reciprocal_()
     product = inverse[:, 0] * inverse[:, 1]
     dots = []
     if intra:
@@ -371,12 +375,13 @@ def dissimilarity_(
         m *= of_m
         dots.append(torch.linalg.vector_norm(m, dim=(-2, -1), keepdim=True).square_())
     cka = product * (torch.stack(dots) if len(dots) > 1 else dots[0])
-    loss = (weight * dissimilarity(cka, form).masked_fill_(dead[:, 1], 0)).sum()
+    weights = _stacked(weight, cka)
+    loss = (weights * dissimilarity(cka, form).masked_fill_(dead[:, 1], 0)).sum()
     if grad is None:
         return loss
 
     # The gradient is a product with X, Y and what D lacks.
-    twice = 2 * weight
+    twice = 2 * weights
     if form != "cka":
         twice = twice * _slope(cka, form)
     of_l = twice * product
