@@ -91,7 +91,7 @@ def test_pcka_under_autocast(half):
         value, found = value_and_gradient(scaled, x.to(DEVICE), y.to(DEVICE), **options)
     assert value.dtype == torch.float32 and found.dtype == half
     assert value.item() / 65536 == pytest.approx(expected.item(), rel=1e-4)
-    assert distance(found.double() / 65536, gradient) < 4 * torch.finfo(half).eps
+    assert distance(found.double() / 65536, gradient) < torch.finfo(half).eps
 
 
 @pytest.mark.parametrize("rows", [6, 300])
@@ -111,7 +111,7 @@ def test_the_loss_does_not_wait_for_the_device(options, inter_weight):
     options = {"patch_size": 8, "inter_weight": inter_weight, **options}
     value_and_gradient(pcka_loss, x, y, **options)
     with warnings.catch_warnings():
-        # That it may overlook some.
+        # torch says that it may overlook some.
         warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -149,7 +149,7 @@ LOGIT_LOSSES = ["KDLoss", "DISTLoss", "RCKALoss"]
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_loss_is_that_of_the_cpu(family, teacher_files):
-    """Losses on features; those on logits, and the student's own, where nothing is sampled."""
+    """Those on features; where nothing is sampled, on logits, and the student's own, too."""
     dense = family in ("retinanet", "fcos")
     kinds = FEATURE_LOSSES + LOGIT_LOSSES * (family not in ("cascade_rcnn", "sem_seg"))
     # It covers cells at random, and a GPU draws other numbers.
@@ -167,27 +167,26 @@ def test_every_loss_is_that_of_the_cpu(family, teacher_files):
     expected, _ = gradients(model, make_batch())
     losses, found = gradients(there, make_batch())
     assert expected.keys() == losses.keys() and found
-    own = [f"loss_{x.removesuffix('Loss').lower()}" for x in FEATURE_LOSSES]
-    compared = 0
+    compared = [k for k in kinds if dense or k in FEATURE_LOSSES]
+    own = {f"loss_{k.removesuffix('Loss').lower()}" for k in compared}
+    assert own == {x for x in own if any(name.startswith(x) for name in losses)}
     for name, value in losses.items():
         assert torch.isfinite(value)
         if dense or name.startswith(tuple(own)):
             assert value.item() == pytest.approx(expected[name].item(), rel=2e-3, abs=1e-5), name
-            compared += 1
-    assert compared >= len(kinds) - len(LOGIT_LOSSES)
     assert all(torch.isfinite(x).all() for x in found.values())
 
 
 @pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_steps_in_mixed_precision(family, precision, teacher_files):
-    """The student learns, the scale settles, and weights stay in fp32."""
+    """Losses are finite, the student learns, and its weights stay in fp32."""
     opts = ("MODEL.DISTILL.LOSSES", ["PCKALoss", "MimicLoss", "PKDLoss"], "MODEL.DEVICE", DEVICE)
     model = build_distilled(family, teacher_files, *opts)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     scaler = torch.amp.GradScaler(DEVICE) if precision is torch.float16 else None
     step = TrainingStep(model, [make_batch()] * 12, optimizer, precision=precision, scaler=scaler)
-    before = {k: x.clone() for k, x in model.state_dict().items()}
+    before = {k: x.clone() for k, x in model.named_parameters()}
     totals = []
     for i in range(12):
         step.iter = i
@@ -195,9 +194,9 @@ def test_steps_in_mixed_precision(family, precision, teacher_files):
             step.run_step()
         totals.append(storage.latest()["total_loss"][0])
     assert all(math.isfinite(x) for x in totals)
-    assert min(totals[6:]) < totals[0]
-    after = model.state_dict()
-    assert all(x.dtype == before[k].dtype for k, x in after.items())
+    assert sum(totals[-3:]) < sum(totals[:3])
+    after = dict(model.named_parameters())
+    assert all(x.dtype == torch.float32 for x in after.values())
     assert any(not torch.equal(x, before[k]) for k, x in after.items())
     if scaler is not None:
         assert 2**8 <= scaler.get_scale() <= 2**16
@@ -279,18 +278,23 @@ def test_a_resumed_run_goes_on_where_it_was(teacher_files, tmp_path, monkeypatch
     """The random numbers of the device, too; some gradients of a GPU are sums in any order."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     weights = teacher_files["faster_rcnn"]
-    opts = ("DATASETS.TEST", "()", "SEED", 5)
+    opts = ("DATASETS.TEST", "()", "SEED", 5, "SOLVER.WARMUP_ITERS", 0)
     arguments = options("faster_rcnn", weights, tmp_path, *opts)
     run(arguments)
     whole = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    middle = torch.load(tmp_path / "model_0000001.pth", weights_only=True)["model"]
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
     run(arguments, "--resume")
     again = torch.load(tmp_path / "model_final.pth", weights_only=True)
     states = [x["trainer"]["hooks"]["RunState"]["processes"][0] for x in (whole, again)]
     assert torch.equal(states[0]["cuda"], states[1]["cuda"])
-    for name, x in whole["model"].items():
-        if x.is_floating_point():
-            torch.testing.assert_close(again["model"][name], x, rtol=1e-2, atol=1e-3)
+    weights = [k for k, x in whole["model"].items() if k.endswith("weight")]
+    one, other, start = (
+        torch.cat([x[k].flatten().cpu() for k in weights])
+        for x in (whole["model"], again["model"], middle)
+    )
+    # Of how far they went since then.
+    assert (other - one).norm() < 0.1 * (one - start).norm()
 
 
 def test_maps_read_from_the_cache(teacher_files, tmp_path):
@@ -306,7 +310,7 @@ def test_maps_read_from_the_cache(teacher_files, tmp_path):
 
 @pytest.mark.parametrize("how", ["launcher", "torchrun"])
 def test_a_run_as_a_process_of_a_group(how, teacher_files, tmp_path):
-    """NCCL with one process: all that one device can show of it."""
+    """The ways to start one; with one device there is nobody to talk to."""
     start = [sys.executable, str(REPO / "tools" / "train_net.py")]
     flags = ["--num-gpus", "1"]
     if how == "torchrun":
@@ -326,4 +330,7 @@ def test_a_predictor(teacher_files):
     for device in ("cpu", DEVICE):
         predictor = Predictor.load(config, teacher_files["retinanet"], ["MODEL.DEVICE", device])
         found.append(predictor(image)["instances"].to("cpu"))
-    assert len(found[0]) == len(found[1])
+    one, other = found
+    assert len(one) == len(other) > 0
+    torch.testing.assert_close(other.scores, one.scores, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(other.pred_boxes.tensor, one.pred_boxes.tensor, rtol=0, atol=0.1)

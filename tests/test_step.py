@@ -12,7 +12,16 @@ import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from helpers import FAMILIES, FROZEN_NORM, REPO, build_distilled, distill_cfg, gradients, make_batch
+from helpers import (
+    FAMILIES,
+    FROZEN_NORM,
+    REPO,
+    build_distilled,
+    digits_cfg,
+    distill_cfg,
+    gradients,
+    make_batch,
+)
 from torch import nn
 
 from pcka_distill import DistillationModel
@@ -181,20 +190,22 @@ def test_bfloat16_on_a_cpu():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_in_mixed_precision(family, teacher_files):
-    """FCOS, too, whose GIoU loss refuses predictions in half precision."""
+    """FCOS, too, whose GIoU loss refuses predictions in half precision; alone as well."""
     model = build_distilled(family, teacher_files)
+    alone = build_model(digits_cfg(family))
     if family == "fcos":
         # As Detectron2 builds it from a LazyConfig.
         model.student.head._forward_hooks.clear()
         model = DistillationModel(
             student=model.student, teacher=model.teacher, losses=list(model.losses)
         )
-    before = copy.deepcopy(model.student.state_dict())
-    step = make_step(model, make_batch(), make_batch(1), lr=0.01, precision=torch.bfloat16)
-    assert all(math.isfinite(take_step(step, i)["total_loss"][0]) for i in range(2))
-    after = model.student.state_dict()
-    assert all(x.dtype == before[k].dtype for k, x in after.items())
-    assert any(not torch.equal(x, before[k]) for k, x in after.items())
+    for network in (model, alone):
+        before = {k: x.clone() for k, x in network.named_parameters()}
+        step = make_step(network, make_batch(), make_batch(1), lr=0.01, precision=torch.bfloat16)
+        assert all(math.isfinite(take_step(step, i)["total_loss"][0]) for i in range(2))
+        after = dict(network.named_parameters())
+        assert all(x.dtype == torch.float32 for x in after.values())
+        assert any(not torch.equal(x, before[k]) for k, x in after.items())
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -212,6 +223,15 @@ def test_a_scaler_scales_and_leaves_out(parts):
     take_step(step)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before))
     assert scaler.get_scale() == 512.0 and step.skipped == 0
+    # Nothing is said of the order of the schedule's steps if the first is left out.
+    fresh = Toy()
+    optimizer = torch.optim.SGD(fresh.parameters(), lr=0.5)
+    first = make_step(
+        fresh, toy_batch(bad=1e38), optimizer=optimizer, scaler=torch.amp.GradScaler("cpu")
+    )
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 10)
+    take_step(first)
+    schedule.step()
     # It cannot go on like that for ever.
     stuck = make_step(Toy(), *[toy_batch(bad=1e38)] * 40, scaler=torch.amp.GradScaler("cpu"))
     stuck.model.layer.weight.register_hook(lambda g: g * float("inf"))

@@ -16,9 +16,6 @@ THIRD_PARTY_WARNINGS = (
     "`torch.jit.load` is deprecated",
     "torch.meshgrid: in an upcoming release",
     "`torch.cuda.amp.",
-    # A gradient scaler leaves out its first steps until its scale fits; Detectron2's schedule goes
-    # on with every iteration.
-    "Detected call of `lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`",
 )
 
 # On a machine with CUDA's tools and no device. Whether there is one is told by the engine.

@@ -30,8 +30,8 @@ def widen_head(model: Any) -> None:
         from detectron2.modeling.meta_arch.fcos import FCOSHead
     except ImportError:
         return
-    head = getattr(model, "head", None)
-    if isinstance(head, FCOSHead) and _widened not in head._forward_hooks.values():
+    head: Any = getattr(model, "head", None)
+    if type(head) is FCOSHead and _widened not in head._forward_hooks.values():
         head.register_forward_hook(_widened)
 
 

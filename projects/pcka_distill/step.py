@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,9 @@ class TrainingStep(SimpleTrainer):
         self.parts = parts
         self.precision = precision
         self.scaler = scaler
+        if scaler is not None or skip_nonfinite:
+            # torch takes a first step that is left out for a schedule in the wrong order.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler")
         self.skip_nonfinite = skip_nonfinite
         self.skipped = 0
         self._monitor_period = monitor_period
