@@ -591,9 +591,10 @@ products* are the `torch.bmm` that no form can do without, of the same shapes: t
 alone, five for both. Peak memory has the gradients of all four levels in it, as a training step
 has.
 
-On the H200 below that is no measure any more: products take a fifteenth of the time that it takes
-to launch them and the 40 (intra) or 70 (both) small operations around them, some 20 us each from
-the processor beside it. `tests/test_fused.py` counts them.
+On the H200 below that ratio is one of numbers of launches, each of which takes the processor beside
+it longer than the GPU needs for the work: three or five products against some 45 (intra) or 80
+(both) operations of a step, of which a small level takes one and P3 three. `tests/test_fused.py`
+holds their number.
 """,
     "step": """\
 ## The step
@@ -602,12 +603,10 @@ A training step (forward and backward) of two shipped COCO configs at their real
 800 x 1333 (one on a CPU, two on a GPU) and all cores: the distilled model against the student
 alone and the teacher's backbone alone, on images that are prepared already. The teacher comes first
 in a step, so that the memory that it needs for a while serves the student's activations afterwards.
-What is above 1 is the loss: on P2 of Faster R-CNN, with both relations, its matrix products alone
-are 23 billion multiplications an image. The weights are random.
-
-On the H200 all of a step, the student's own too, waits for the processor that launches it: in a
-profile of RetinaNet's in float16 the GPU worked for 32 ms, the processor for 85. So the rounds
-differ by more than on a CPU, and what is above 1 is mostly launches.
+What is above 1 is the loss: on a CPU the work, of which the matrix products of P2 of Faster R-CNN,
+with both relations, are 23 billion multiplications an image; on the H200 its launches (see above),
+for which the student's own step has to wait, too, so that the rounds differ more. Peak memory is
+without the weights of either. The weights are random.
 """,
     "teacher": """\
 ## The teacher
@@ -642,12 +641,13 @@ C N P min(N, P) multiplications:
 
 The rest, cutting patches, centring, resizing, moves the maps a fixed number of times: C B HW. Where
 that outweighs the products, all exponents of the maps go to 1 and that of p to 0. Memory is the
-student's gradient and the patches of a few channels at a time (in the layouts `per_image` and
+student's gradient and the patches of a few channels at a time, on a GPU of as many as take no more
+than the features of both sides (in the layouts `per_image` and
 `per_position`, which cannot be cut up so: of an image, or of all). From 2 images, 64 channels,
 64 x 64 cells and patches of 8, one size at a time is changed; the exponent is the slope of
 log cost over log size. *side* changes H and W together; *levels* adds maps of half the side, each
-a quarter of the cost at most, so their sum converges. On a GPU these sizes cost their launches: the
-same whatever they are, until there is one step more.
+a quarter of the cost at most, so their sum converges. On the H200 maps of these sizes cost their
+launches: the same until a level takes a step more, and as much for each level.
 """,
 }
 
