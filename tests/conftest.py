@@ -1,4 +1,5 @@
 import os
+import random
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
@@ -8,6 +9,7 @@ os.environ.setdefault("DETECTRON2_DATASETS", str(REPO / "datasets"))
 # a process in another way than the later ones: without this, two equal runs differ in the last bit.
 os.environ["PYTORCH_JIT"] = "0"
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
@@ -19,6 +21,14 @@ from helpers import FAMILIES, digits_cfg, make_batch
 import pcka_distill  # noqa: F401  (registers everything)
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """In every test, whichever ran before."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
