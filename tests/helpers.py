@@ -68,6 +68,11 @@ def distill_cfg(family, weights, *opts):
     return cfg
 
 
+def rand(*shape, seed=0, dtype=torch.float32):
+    """Gaussian noise of a seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
 def make_batch(seed=0, sizes=((96, 96), (96, 96))):
     """Images of noise with two boxes each, their masks, and a semantic segmentation."""
     g = torch.Generator().manual_seed(seed)

@@ -13,7 +13,16 @@ from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from helpers import FAMILIES, REPO, SHIPPED, build_distilled, distill_cfg, gradients, make_batch
+from helpers import (
+    FAMILIES,
+    REPO,
+    SHIPPED,
+    build_distilled,
+    distill_cfg,
+    gradients,
+    make_batch,
+    rand,
+)
 
 from pcka_distill import functional, get_distill_cfg
 from pcka_distill.engine import main
@@ -38,10 +47,6 @@ def full_fp32():
     yield
     for x, value in zip(switches, before):
         x.allow_tf32 = value
-
-
-def rand(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def value_and_gradient(loss, x, *others, **options):

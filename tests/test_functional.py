@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import rand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -91,10 +92,6 @@ def np_patches(x, p, layout):
         for dy in range(p)
         for dx in range(p)
     ]
-
-
-def rand(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 # ---- the published code ----------------------------------------------------------------------

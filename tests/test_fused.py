@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import rand
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pcka_distill import functional
@@ -11,10 +12,6 @@ from pcka_distill.functional import CHANNEL_LAYOUTS, FORMS, LAYOUTS, patch_count
 
 ATEN = torch.ops.aten
 WEIGHTS = [(1.0, 0.0), (0.0, 2.0), (3.0, 2.0)]
-
-
-def rand(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def plain(student, teacher, patch_size, layout, center, intra_weight, inter_weight, form="cka"):
