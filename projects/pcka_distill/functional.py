@@ -418,17 +418,16 @@ def _fused_pcka(
     resized = raised != student.shape[-2:]
     split = n_group + n_sample
     samples, features = order[n_group:split], order[split:]
-    if resized:
-        # A CKA knows no order of samples or features. Down a column of patches, row by row, is
-        # that of what a resize returns, so that both are copied in longer runs.
-        samples, features = (
-            tuple(sorted(x, key=(3, 0, 1, 4, 2, 5).index)) for x in (samples, features)
-        )
     if n > p:
         # intra of X is inter of X^T: have the smaller side relate.
         n, p = p, n
         samples, features = features, samples
         intra_weight, inter_weight = inter_weight, intra_weight
+    if resized:
+        # A CKA knows no order of samples or features. This is as near as can be to that of what a
+        # resize returns, so that both are copied in longer runs.
+        samples = tuple(sorted(samples, key=(3, 0, 1, 4, 2, 5).index))
+        features = tuple(sorted(features, key=(3, 0, 1, 2, 4, 5).index))
     order = order[:n_group] + samples + features
     inverse = tuple(order.index(i) for i in range(len(order)))
     # Groups are cut off along the channels or the images; positions in a patch cannot be.

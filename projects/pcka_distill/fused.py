@@ -146,42 +146,102 @@ class Resize:
 
 
 class BandedResize(Resize):
-    """The same in a core's caches: a resize is linear and separable, a product with a band matrix.
+    """The same in a core's caches, where values are moved as seldom as can be.
 
-    All methods work in the same memory: what one returns holds until another is called.
+    A resize is linear and separable. Each row of the outcome is a sum of two, an embedding bag, that
+    takes them from wherever they are; columns are products with a band matrix. All methods work in
+    the same memory: what one returns holds until another is called.
     """
 
     def __init__(self, shape: torch.Size, to: tuple[int, int], like: Tensor) -> None:
         super().__init__(shape, to, like)
-        b, c, h, w = shape
-        # Height is the first axis, so that both are plain matrix products; width is resized first,
-        # while there are fewer rows.
-        self._small = like.new_empty(h, b, c, w)
-        self._wide = like.new_empty(h, b, c, to[1]) if w != to[1] else self._small
-        self._large = like.new_empty(to[0], b, c, to[1]) if h != to[0] else self._wide
-        small, wide = self._small.view(-1, w), self._wide.view(-1, to[1])
-        low, high = self._wide.view(h, -1), self._large.view(to[0], -1)
+        b, c, _, w = shape
+        # A row of all images in a run, so that patches are cut in long ones.
+        self._tall = like.new_empty(c, to[0], b, w)
+        self._maps = like.new_empty(c, to[0], b, to[1])
         # Narrow bands have few zeros, and each is a call.
-        rows, columns = self.bands(8, 16, backward=False)
-        self._forward = [(small[:, i], m.mT, wide[:, o]) for o, i, m in columns]
-        self._forward += [(m, low[i], high[o]) for o, i, m in rows]
-        rows, columns = self.bands(8, 16, backward=True)
-        self._backward = [(m, high[i], low[o]) for o, i, m in rows]
-        self._backward += [(wide[:, i], m.mT, small[:, o]) for o, i, m in columns]
+        self._forward, self._backward = (self.bands(None, 16, x)[1] for x in (False, True))
+
+    def _sum_rows(self, table: Tensor, strides: Sequence[int], backward: bool) -> Tensor:
+        """Resize the height, or make the gradient of that.
+
+        Args:
+            table: (rows, W).
+            strides: in rows of it, of images, channels and the rows of a map.
+            backward: see :func:`_bands`.
+
+        Returns:
+            (C, H', B, W), or of the gradient (C, H, B, W).
+        """
+        b, c, h, _ = self.shape
+        index, weights = _bags(h, self.to[0], backward, self.like.dtype, (b, c), tuple(strides))
+        sums = F.embedding_bag(index, table, mode="sum", per_sample_weights=weights)
+        return sums.view(c, -1, b, table.shape[1])
 
     def __call__(self, x: Tensor) -> Tensor:
-        self._small.copy_(x.permute(2, 0, 1, 3))
-        for a, b, out in self._forward:
-            torch.mm(a, b, out=out)
+        x = x.detach().to(self.like.dtype)
+        width = x.shape[3]
+        if x.stride(3) != 1 or any(stride % width for stride in x.stride()[:3]):
+            x = x.contiguous()
+        strides = [stride // width for stride in x.stride()[:3]]
+        rows = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides))
+        tall = self._sum_rows(x.as_strided((rows, width), (width, 1)), strides, False)
+        if self._forward:
+            _products(tall, self._forward, self._maps)
+        else:
+            self._maps = tall
         return self.maps()
 
     def maps(self) -> Tensor:
-        return self._large.permute(1, 2, 0, 3)
+        return self._maps.permute(2, 0, 1, 3)
 
     def gradient(self, maps: Tensor) -> Tensor:
-        for a, b, out in self._backward:
-            torch.mm(a, b, out=out)
-        return self._small.permute(1, 2, 0, 3)
+        tall = self._maps
+        if self._backward:
+            tall = _products(tall, self._backward, self._tall)
+        _, rows, images, width = tall.shape
+        strides = (1, rows * images, images)
+        return self._sum_rows(tall.view(-1, width), strides, True).permute(2, 0, 1, 3)
+
+
+def _products(x: Tensor, bands: Bands, out: Tensor) -> Tensor:
+    """Out (..., W'), made of x (..., W) band by band."""
+    rows, made = x.flatten(0, -2), out.flatten(0, -2)
+    for outputs, inputs, matrix in bands:
+        torch.mm(rows[:, inputs], matrix.mT, out=made[:, outputs])
+    return out
+
+
+@functools.lru_cache(maxsize=256)
+def _bags(
+    size: int,
+    to: int,
+    backward: bool,
+    dtype: torch.dtype,
+    count: tuple[int, int],
+    strides: tuple[int, int, int],
+) -> tuple[Tensor, Tensor]:
+    """Which rows make a row, and their weights, (C * outputs * B, K) each; see :func:`_bands`.
+
+    Args:
+        size: of what is resized.
+        to: its new size.
+        backward: of the gradient.
+        dtype: of the weights.
+        count: B and C.
+        strides: of images, channels and rows.
+    """
+    bands = _bands(size, to, None, backward, dtype, torch.device("cpu"))
+    matrix = bands[0][2] if bands else torch.eye(size, dtype=dtype)
+    used = matrix != 0
+    most = int(used.sum(1).max())
+    # Those that are used come first; one that is not has the weight 0.
+    inputs = used.sort(dim=1, descending=True, stable=True).indices[:, :most]
+    weights = matrix.gather(1, inputs)
+    image, channel = (n_stride[1] * torch.arange(n_stride[0]) for n_stride in zip(count, strides))
+    index = channel[:, None, None, None] + image[:, None] + strides[2] * inputs[:, None]
+    weights = weights[:, None].expand(index.shape)
+    return index.flatten(0, 2).int(), weights.flatten(0, 2)
 
 
 def _dead(square: Tensor, means: Sequence[tuple[Tensor, int]]) -> Tensor:
