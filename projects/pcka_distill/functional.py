@@ -39,13 +39,9 @@ from torch.autograd.function import once_differentiable
 from pcka_distill.fused import (
     FORMS,
     BandedResize,
+    FusedCKA,
     Resize,
     dissimilarity,
-    dissimilarity_,
-    padded,
-    rows_of,
-    sides,
-    workspace,
 )
 
 __all__ = [
@@ -435,7 +431,6 @@ def _fused_pcka(
     # Grams of half-precision features overflow.
     dtype = torch.promote_types(student.dtype, torch.float32)
     like = torch.empty(0, dtype=dtype, device=student.device)
-    apart = bool(center and intra_weight and inter_weight and form != "signed")
 
     size = student.numel() * like.element_size()
     small_steps = in_caches(student.device)
@@ -443,15 +438,16 @@ def _fused_pcka(
         budget = min(_CACHE * torch.get_num_threads(), max(size, _LEAST))
     else:
         budget = max(2 * size, _DEVICE_BUDGET)
-    # Patches of both and the gradient's; the stages of a resize; and Grams.
-    values = (rows_of(n, apart) + n) * p + (10 if apart else 6) * padded(n) ** 2
+    relations = {"intra": bool(intra_weight), "inter": bool(inter_weight)}
+    values = FusedCKA.values(n, p, **relations, center=center, form=form)
     if resized and small_steps:
+        # Its stages.
         values += 3 * student.shape[0] * student.shape[1] * raised[0] * raised[1] // groups
     step = groups if axis is None else max(1, min(groups, budget // (values * like.element_size())))
 
     wanted = [weight / groups for weight in (intra_weight, inter_weight) if weight]
     if weights is not None:
-        weights = weights[:, None, None]
+        weights = weights[:, None]
 
     def cut_off(x: Tensor) -> Tensor:
         return x if axis is None else x.narrow(axis, start, count)
@@ -466,35 +462,32 @@ def _fused_pcka(
         return grad
 
     loss: Any = None
-    z = by_x = resize = None
+    cka = resize = None
     for start in range(0, groups, step):
         count = min(step, groups - start)
         parts = [cut_off(x) for x in (student, teacher)]
-        if resized and (resize is None or count < step):
+        # In caches all steps work in the same memory; otherwise it is free as soon as it can be.
+        if count < step:
+            cka = resize = by_x = None
+        if resized and resize is None:
             kind = BandedResize if small_steps else Resize
             resize = kind(parts[0].shape, raised, like)
-        # In caches all steps work in the same memory; otherwise it is free as soon as it can be.
-        z = workspace(count, n, p, like, apart=apart) if z is None else z[:count]
-        for side, x in zip(sides(z, n), parts):
+        if cka is None:
+            cka = FusedCKA(
+                count, n, p, like, gradient=gradient, **relations, center=center, form=form
+            )
+        for side, x in zip(cka.sides, parts):
             by_group = _cut(resize(x) if resize else x, patch_size).permute(order)
             shape = by_group.shape
             side.view(shape).copy_(by_group)
-        if gradient:
-            by_x = like.new_empty(count, n, p) if by_x is None else by_x[:count]
-        part = dissimilarity_(
-            z,
-            n,
-            by_x,
-            wanted if weights is None else [w * weights[start : start + count] for w in wanted],
-            intra=bool(intra_weight),
-            inter=bool(inter_weight),
-            center=center,
-            form=form,
+        del side, by_group
+        part = cka(
+            wanted if weights is None else [w * weights[start : start + count] for w in wanted]
         )
         loss = part if loss is None else loss + part
+        by_x = cka.grad
         if not small_steps:
-            del side, by_group
-            z = None
+            cka = None
         if by_x is None:
             continue
         maps = resize.maps() if resize else cut_off(whole())

@@ -34,13 +34,9 @@ from torch import Tensor
 __all__ = [
     "FORMS",
     "BandedResize",
+    "FusedCKA",
     "Resize",
     "dissimilarity",
-    "dissimilarity_",
-    "padded",
-    "rows_of",
-    "sides",
-    "workspace",
 ]
 
 #: what a loss makes of a CKA
@@ -148,21 +144,23 @@ class Resize:
 class BandedResize(Resize):
     """The same in a core's caches, where values are moved as seldom as can be.
 
-    A resize is linear and separable. Each row of the outcome is a sum of two, an embedding bag, that
-    takes them from wherever they are; columns are products with a band matrix. All methods work in
-    the same memory: what one returns holds until another is called.
+    A resize is linear and separable. Columns are products with a band matrix. Each row of the
+    outcome is a sum of two, an embedding bag, that takes them from wherever they are. All methods
+    work in the same memory: what one returns holds until another is called.
     """
 
     def __init__(self, shape: torch.Size, to: tuple[int, int], like: Tensor) -> None:
         super().__init__(shape, to, like)
-        b, c, _, w = shape
+        b, c, h, w = shape
         # A row of all images in a run, so that patches are cut in long ones.
-        self._tall = like.new_empty(c, to[0], b, w)
-        self._maps = like.new_empty(c, to[0], b, to[1])
+        self._small, self._wide = (like.new_empty(c, h, b, x) for x in (w, to[1]))
+        self._maps = self._wide
         # Narrow bands have few zeros, and each is a call.
-        self._forward, self._backward = (self.bands(None, 16, x)[1] for x in (False, True))
+        forward, self._backward = (self.bands(None, 16, x)[1] for x in (False, True))
+        small, wide = (x.flatten(0, 2) for x in (self._small, self._wide))
+        self._forward = [(small[:, i], m.mT, wide[:, o]) for o, i, m in forward]
 
-    def _sum_rows(self, table: Tensor, strides: Sequence[int], backward: bool) -> Tensor:
+    def _sum_rows(self, table: Tensor, strides: tuple[int, ...], backward: bool) -> Tensor:
         """Resize the height, or make the gradient of that.
 
         Args:
@@ -174,42 +172,51 @@ class BandedResize(Resize):
             (C, H', B, W), or of the gradient (C, H, B, W).
         """
         b, c, h, _ = self.shape
-        index, weights = _bags(h, self.to[0], backward, self.like.dtype, (b, c), tuple(strides))
-        sums = F.embedding_bag(index, table, mode="sum", per_sample_weights=weights)
+        index, offsets, weights = _bags(h, self.to[0], backward, self.like.dtype, (b, c), strides)
+        sums = F.embedding_bag(
+            index,
+            table,
+            offsets,
+            mode="sum",
+            per_sample_weights=weights,
+            include_last_offset=True,
+        )
         return sums.view(c, -1, b, table.shape[1])
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = x.detach().to(self.like.dtype)
-        width = x.shape[3]
-        if x.stride(3) != 1 or any(stride % width for stride in x.stride()[:3]):
-            x = x.contiguous()
-        strides = [stride // width for stride in x.stride()[:3]]
-        rows = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides))
-        tall = self._sum_rows(x.as_strided((rows, width), (width, 1)), strides, False)
+        b, _, h, width = self.shape
         if self._forward:
-            _products(tall, self._forward, self._maps)
+            self._small.copy_(x.permute(1, 2, 0, 3))
+            for rows, m, out in self._forward:
+                torch.mm(rows, m, out=out)
+            if h == self.to[0]:
+                return self.maps()
+            table, strides = self._wide.flatten(0, 2), (1, h * b, b)
         else:
-            self._maps = tall
+            x = x.detach().to(self.like.dtype)
+            if x.stride(3) != 1 or any(stride % width for stride in x.stride()[:3]):
+                x = x.contiguous()
+            image, channel, row = (stride // width for stride in x.stride()[:3])
+            strides = (image, channel, row)
+            count = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides))
+            table = x.as_strided((count, width), (width, 1))
+        self._maps = self._sum_rows(table, strides, False)
         return self.maps()
 
     def maps(self) -> Tensor:
         return self._maps.permute(2, 0, 1, 3)
 
     def gradient(self, maps: Tensor) -> Tensor:
-        tall = self._maps
+        b, _, h, _ = self.shape
+        small = self._maps
+        if h != self.to[0]:
+            small = self._sum_rows(small.flatten(0, 2), (1, self.to[0] * b, b), True)
         if self._backward:
-            tall = _products(tall, self._backward, self._tall)
-        _, rows, images, width = tall.shape
-        strides = (1, rows * images, images)
-        return self._sum_rows(tall.view(-1, width), strides, True).permute(2, 0, 1, 3)
-
-
-def _products(x: Tensor, bands: Bands, out: Tensor) -> Tensor:
-    """Out (..., W'), made of x (..., W) band by band."""
-    rows, made = x.flatten(0, -2), out.flatten(0, -2)
-    for outputs, inputs, matrix in bands:
-        torch.mm(rows[:, inputs], matrix.mT, out=made[:, outputs])
-    return out
+            wide, small = small.flatten(0, 2), self._small
+            made = small.flatten(0, 2)
+            for outputs, inputs, m in self._backward:
+                torch.mm(wide[:, inputs], m.mT, out=made[:, outputs])
+        return small.permute(2, 0, 1, 3)
 
 
 @functools.lru_cache(maxsize=256)
@@ -220,8 +227,8 @@ def _bags(
     dtype: torch.dtype,
     count: tuple[int, int],
     strides: tuple[int, int, int],
-) -> tuple[Tensor, Tensor]:
-    """Which rows make a row, and their weights, (C * outputs * B, K) each; see :func:`_bands`.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rows make a row (C, outputs, B), where those of each begin, and weights; see `_bands`.
 
     Args:
         size: of what is resized.
@@ -231,17 +238,17 @@ def _bags(
         count: B and C.
         strides: of images, channels and rows.
     """
-    bands = _bands(size, to, None, backward, dtype, torch.device("cpu"))
-    matrix = bands[0][2] if bands else torch.eye(size, dtype=dtype)
+    ((_, _, matrix),) = _bands(size, to, None, backward, dtype, torch.device("cpu"))
     used = matrix != 0
     most = int(used.sum(1).max())
     # Those that are used come first; one that is not has the weight 0.
     inputs = used.sort(dim=1, descending=True, stable=True).indices[:, :most]
     weights = matrix.gather(1, inputs)
-    image, channel = (n_stride[1] * torch.arange(n_stride[0]) for n_stride in zip(count, strides))
+    image, channel = (stride * torch.arange(n) for n, stride in zip(count, strides))
     index = channel[:, None, None, None] + image[:, None] + strides[2] * inputs[:, None]
-    weights = weights[:, None].expand(index.shape)
-    return index.flatten(0, 2).int(), weights.flatten(0, 2)
+    weights = weights[:, None].expand(index.shape).flatten()
+    offsets = torch.arange(0, index.numel() + 1, most, dtype=torch.int32)
+    return index.flatten().int(), offsets, weights
 
 
 def _dead(square: Tensor, means: Sequence[tuple[Tensor, int]]) -> Tensor:
@@ -250,12 +257,12 @@ def _dead(square: Tensor, means: Sequence[tuple[Tensor, int]]) -> Tensor:
     NaN and infinity must stay visible: compared to anything they are False.
 
     Args:
-        square: (..., G, 1, 1).
-        means: (2, G, ...), that were taken out, and of how many values each.
+        square: (..., G, 1).
+        means: (2, G, ...), that were taken out, as rows, and of how many values each.
     """
     info = torch.finfo(square.dtype)
     for mean, n in means:
-        lost = torch.linalg.vector_norm(mean, dim=(-2, -1), keepdim=True)
+        lost = torch.linalg.vector_norm(mean, dim=-1, keepdim=True)
         square = torch.addcmul(square, lost, lost, value=-n * (16 * info.eps) ** 2)
     return square < info.tiny
 
@@ -272,8 +279,8 @@ def _signed_(
 
     Args:
         both: (2, G, N, P), X and Y.
-        grad: see :func:`dissimilarity_`.
-        weight: a number or (1 or G, 1, 1), of each dimension.
+        grad: (G, N, P), written: the gradient with respect to X; None leaves it out.
+        weight: a number or (1 or G, 1), of each dimension.
         dims: the dimensions to centre over.
         center: whether to.
     """
@@ -284,22 +291,23 @@ def _signed_(
             mean = x.mean(dim, keepdim=True)
             # The last relation may overwrite what no other reads any more.
             x = x - mean if i + 1 < len(dims) else x.sub_(mean)
-            means.append((mean, x.shape[dim]))
-        norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+            means.append((mean.flatten(2), x.shape[dim]))
+        norm = torch.linalg.vector_norm(x, dim=(-2, -1))[..., None]
         dead = _dead(norm.square(), means)
         norm.masked_fill_(dead, math.inf)
-        x = x.div_(norm) if center or i + 1 == len(dims) else x / norm
-        similarity = (x[0] * x[1]).sum((-2, -1), keepdim=True)
+        length = norm[..., None]
+        x = x.div_(length) if center or i + 1 == len(dims) else x / length
+        similarity = (x[0] * x[1]).sum((-2, -1))[:, None]
         losses.append((weight_ * (1 - similarity).masked_fill_(dead[1], 0)).sum())
         if grad is not None:
-            made = torch.mul(x[0], similarity, out=grad if i == 0 else None).sub_(x[1])
-            scale = weight_ / norm[0]
+            made = torch.mul(x[0], similarity[..., None], out=grad if i == 0 else None).sub_(x[1])
+            scale = (weight_ / norm[0])[..., None]
             made.mul_(scale) if i == 0 else grad.addcmul_(made, scale)
     return sum(losses[1:], losses[0])
 
 
 def _stacked(weight: Sequence[float | Tensor], like: Tensor) -> float | Tensor:
-    """What multiplies (1 or 2, G, 1, 1) by the weight of each relation."""
+    """What multiplies (1 or 2, G, 1) by the weight of each relation."""
     first = weight[0]
     if all(x is first or (isinstance(x, float) and x == first) for x in weight):
         return first
@@ -310,156 +318,215 @@ def _stacked(weight: Sequence[float | Tensor], like: Tensor) -> float | Tensor:
     return made
 
 
-def padded(n: int) -> int:
+def _padded(n: int) -> int:
     """How many rows to give N samples: products are quicker on multiples of 8."""
     return n if n < 16 else -(-n // 8) * 8
 
 
-def rows_of(n: int, apart: bool) -> int:
-    """R, the rows of a :func:`workspace`."""
-    return 2 * padded(n) + 3 * apart
+class FusedCKA:
+    """Weighted 1 - CKA of X and Y (intra), of their transposes (inter), or both.
 
-
-def workspace(groups: int, n: int, p: int, like: Tensor, *, apart: bool) -> Tensor:
-    """What :func:`dissimilarity_` works in, of a tensor's type and on its device.
+    It works in memory of its own, all views of which are made once: on a CPU the many steps of a
+    large map share it, and there a view costs as much as an operation on a few numbers.
 
     Args:
         groups: G.
-        n: N.
+        n: N. It is fast where N <= P.
         p: P.
-        like: such a tensor.
-        apart: whether both relations are wanted, each centred in its way.
-
-    Returns:
-        (G, R, P): rows of X, as many of Y, and if apart three for what centring takes out, so that
-        one product with all of them makes the gradient.
-    """
-    z = like.new_zeros(groups, rows_of(n, apart), p)
-    if apart:
-        z[:, -1].fill_(1)
-    return z
-
-
-def sides(z: Tensor, n: int) -> Tensor:
-    """X and Y in a :func:`workspace`, (2, G, N, P)."""
-    return z[:, : 2 * padded(n)].unflatten(1, (2, -1))[:, :, :n].transpose(0, 1)
-
-
-def dissimilarity_(
-    z: Tensor,
-    n: int,
-    grad: Tensor | None,
-    weight: Sequence[float | Tensor],
-    *,
-    intra: bool,
-    inter: bool,
-    center: bool,
-    form: str = "cka",
-) -> Tensor:
-    """Weighted 1 - CKA of X and Y (intra), of their transposes (inter), or both.
-
-    Args:
-        z: a :func:`workspace`, fp32 or fp64, X and Y in its :func:`sides`; **overwritten**. It is
-            fast where N <= P.
-        n: N.
-        grad: (G, N, P), written: the gradient with respect to X; None leaves it out.
-        weight: a number or (1 or G, 1, 1), of each relation that is wanted, of every pair.
-        intra: whether the one is wanted.
+        like: a tensor of the type, fp32 or fp64, and on the device to work in.
+        gradient: whether to make the gradient.
+        intra: whether the one relation is wanted.
         inter: whether the other is; one of them has to be.
         center: centre over N for intra, over P for inter.
         form: what to make of a CKA, one of :data:`FORMS`.
 
-    Returns:
-        the sum of the losses over G, a scalar.
+    Attributes:
+        sides: (2, G, N, P), X and Y, to be written before each call, which **overwrites** them.
+        grad: (G, N, P), the gradient with respect to X, written by each call; None without.
     """
-    both = sides(z, n)
-    _, g, _, p = both.shape
-    if form == "signed":
-        dims = [dim for dim, wanted in ((-2, intra), (-1, inter)) if wanted]
-        return _signed_(both, grad, weight, dims, center=center)
 
-    # Every operation on a GPU costs the time of its launch: there are as few as can be.
-    columns = rows = None
-    means = []
-    if center and intra:
-        columns = both.mean(-2, keepdim=True)
-        both -= columns
-        means.append((columns, n))
-    if center and inter:
-        rows = both.mean(-1, keepdim=True)
-        both -= rows
-        means.append((rows, p))
+    def __init__(
+        self,
+        groups: int,
+        n: int,
+        p: int,
+        like: Tensor,
+        *,
+        gradient: bool,
+        intra: bool,
+        inter: bool,
+        center: bool,
+        form: str = "cka",
+    ) -> None:
+        self.intra, self.inter, self.center, self.form = intra, inter, center, form
+        self.grad = like.new_empty(groups, n, p) if gradient else None
+        end, apart = _padded(n), _apart(intra, inter, center, form)
+        # Rows of X, as many of Y, and if apart three for what centring takes out, so that one
+        # product with all of them makes the gradient.
+        z = like.new_zeros(groups, 2 * end + 3 * apart, p)
+        self.sides = z[:, : 2 * end].unflatten(1, (2, -1))[:, :, :n].transpose(0, 1)
+        if form == "signed":
+            return
+        # Over which axis, the means, the same as rows, and of how many values each is one.
+        self._means = [
+            (axis, mean, mean.flatten(2), count)
+            for wanted, axis, shape, count in ((intra, -2, (1, p), n), (inter, -1, (n, 1), p))
+            if wanted and center
+            for mean in [like.new_empty(2, groups, *shape)]
+        ]
+        x, y = z[:, :end], z[:, end : 2 * end]
+        products = like.new_empty(2 + inter, groups, end, end)
+        self._products = [(a, b.mT, out) for a, b, out in zip((x, y, x), (x, y, y), products)]
+        # What is padding adds nothing to these Grams, but it would to centred ones.
+        width = n if apart else end
+        grams, m = products[None, :2, :, :n, :width], products[-1, :, :n, :width]
+        self._unscaled_m, self._apart = m, None
+        if apart:
+            (_, columns, *_), (_, rows, *_) = self._means
+            self._apart = _Apart(z, columns, rows, grams[0], self._products.pop())
+            grams, m = self._apart.grams, torch.empty_like(m)
+        # As rows: K and L of one or each of the relations (1 or 2, 2, G, ...), M (G, ...).
+        self._grams, self._m = grams.flatten(-2), m.flatten(-2)
+        self._diagonals = self._grams[..., :: width + 1]
+        self._scaled_m, self._room = m, torch.empty_like(m)
+        if gradient:
+            self._of_x = (grams[0, 0], grams[0, 1], grams[-1, 0])
+            self._used = z if inter else x
+            self._factor = like.new_zeros(groups, n, self._used.shape[1])
+            self._times_x = self._factor[..., :width]
+            self._times_y = self._factor[..., end : end + width]
+            self._times_c = self._factor[..., -3:].unbind(-1)
 
-    end = padded(n)
-    x, y = z[:, :end], z[:, end : 2 * end]
-    products = z.new_empty(2 + inter, g, end, end)
-    for side, out in zip((x, y), products):
-        torch.bmm(side, side.mT, out=out)
-    if inter:
-        torch.bmm(x, y.mT, out=products[2])
-    products = products[..., :n, :n]
-    # K and L of one or each of the relations, (1 or 2, 2, G, N, N), and M.
-    grams, m = products[None, :2], products[-1]
-    apart = None
-    if columns is not None and rows is not None:
-        # The rows c_x, c_y and 1, which D lacks.
-        c = z[:, -3:-1]
-        c.copy_((columns - columns.mean(-1, keepdim=True)).squeeze(2).transpose(0, 1))
-        cc = c @ c.mT
-        # Of either c with D of either side: (G, 2, 2, N).
-        dc = (c @ z[:, : 2 * end].mT).unflatten(2, (2, -1))[..., :n]
-        m += (dc[:, 1, 0] + cc[:, 0, 1, None])[..., None]
-        m += dc[:, 0, 1, None]
-        apart = z.new_empty(2, 2, g, n, n)
-        torch.addcmul(grams[0], rows, rows.mT, value=p, out=apart[0])
-        own = dc.diagonal(dim1=1, dim2=2).permute(2, 0, 1)
-        torch.add(grams[0], own[..., None], out=apart[1])
-        own = own + cc.diagonal(dim1=1, dim2=2).mT[..., None]
-        apart[1].add_(own[..., None, :])
-        grams = apart
+    @staticmethod
+    def values(n: int, p: int, *, intra: bool, inter: bool, center: bool, form: str) -> int:
+        """How many a pair takes."""
+        end, apart = _padded(n), _apart(intra, inter, center, form)
+        return (2 * end + 3 * apart + n) * p + (11 if apart else 7) * end**2
 
-    trace = grams.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    dead = _dead(trace, means)
-    # A CKA does not depend on the scale: Grams of unit trace can be squared, whatever theirs was.
-    trace.masked_fill_(dead, math.inf)
-    grams /= trace
-    norms = torch.linalg.vector_norm(grams, dim=(-2, -1), keepdim=True)
-    inverse = norms.masked_fill_(dead, math.inf).reciprocal_()
-    product = inverse[:, 0] * inverse[:, 1]
-    dots = []
-    if intra:
-        dots.append((grams[0, 0] * grams[0, 1]).sum((-2, -1), keepdim=True))
-    if inter:
-        root = trace[-1].rsqrt()
-        of_m = root[0] * root[1]
-        m *= of_m
-        dots.append(torch.linalg.vector_norm(m, dim=(-2, -1), keepdim=True).square_())
-    cka = product * (torch.stack(dots) if len(dots) > 1 else dots[0])
-    weights = _stacked(weight, cka)
-    loss = (weights * dissimilarity(cka, form).masked_fill_(dead[:, 1], 0)).sum()
-    if grad is None:
+    def __call__(self, weight: Sequence[float | Tensor]) -> Tensor:
+        """The sum of the losses over G, a scalar.
+
+        Args:
+            weight: a number or (1 or G, 1), of each relation that is wanted, of every pair.
+        """
+        if self.form == "signed":
+            dims = [dim for dim, wanted in ((-2, self.intra), (-1, self.inter)) if wanted]
+            return _signed_(self.sides, self.grad, weight, dims, center=self.center)
+        # Every operation on a GPU costs the time of its launch: there are as few as can be.
+        for axis, mean, *_ in self._means:
+            torch.mean(self.sides, axis, keepdim=True, out=mean)
+            self.sides.sub_(mean)
+        for a, b, out in self._products:
+            torch.bmm(a, b, out=out)
+        if self._apart is not None:
+            self._apart.make()
+
+        grams = self._grams
+        trace = self._diagonals.sum(-1, keepdim=True)
+        dead = _dead(trace, [(lost, count) for *_, lost, count in self._means])
+        # A CKA does not depend on the scale: Grams of unit trace can be squared, whatever theirs
+        # was.
+        trace.masked_fill_(dead, math.inf)
+        grams.div_(trace)
+        norms = torch.linalg.vector_norm(grams, dim=-1, keepdim=True)
+        inverse = norms.masked_fill_(dead, math.inf).reciprocal_()
+        product = inverse[:, 0] * inverse[:, 1]
+        dots = []
+        if self.intra:
+            room = self._room.flatten(-2)
+            dots.append(torch.mul(grams[0, 0], grams[0, 1], out=room).sum(-1, keepdim=True))
+        if self.inter:
+            root = trace[-1].rsqrt()
+            of_m = root[0] * root[1]
+            torch.mul(self._unscaled_m, of_m[..., None], out=self._scaled_m)
+            dots.append(torch.linalg.vector_norm(self._m, dim=-1, keepdim=True).square_())
+        cka = product * (torch.stack(dots) if len(dots) > 1 else dots[0])
+        weights = _stacked(weight, cka)
+        loss = (weights * dissimilarity(cka, self.form).masked_fill_(dead[:, 1], 0)).sum()
+        if self.grad is None:
+            return loss
+
+        # The gradient is a product with X, Y and what D lacks.
+        twice = 2 * weights
+        if self.form != "cka":
+            twice = twice * _slope(cka, self.form)
+        of_l = (twice * product)[..., None]
+        of_k = (twice * inverse[:, 0].square() * cka / trace[:, 0])[..., None]
+        k, l, inter_k = self._of_x
+        times_x, times_y = self._times_x, self._times_y
+        if self.intra:
+            torch.mul(k, of_k[0], out=times_x)
+            times_x.addcmul_(l, of_l[0] / trace[0, 0, ..., None], value=-1)
+            if self._apart is not None:
+                torch.mul(times_x, self._apart.row_of_x, out=self._room)
+                torch.sum(self._room, -1, out=self._times_c[2])
+            if self.inter:
+                times_x.addcmul_(inter_k, of_k[-1])
+        else:
+            torch.mul(inter_k, of_k[0], out=times_x)
+        if self.inter:
+            torch.mul(self._scaled_m, of_l[-1] * -of_m[..., None], out=times_y)
+            if self._apart is not None:
+                torch.mul(inter_k.sum(-1), of_k[1, ..., 0], out=self._times_c[0])
+                torch.sum(times_y, -1, out=self._times_c[1])
+        torch.bmm(self._factor, self._used, out=self.grad)
         return loss
 
-    # The gradient is a product with X, Y and what D lacks.
-    twice = 2 * weights
-    if form != "cka":
-        twice = twice * _slope(cka, form)
-    of_l = twice * product
-    of_k = twice * inverse[:, 0].square() * cka / trace[:, 0]
-    used = z if inter else x
-    factor = z.new_zeros(g, n, used.shape[1])
-    times_x = factor[..., :n]
-    if intra:
-        torch.mul(grams[0, 0], of_k[0], out=times_x)
-        times_x.addcmul_(grams[0, 1], of_l[0] / trace[0, 0], value=-1)
-        if rows is not None and apart is not None:
-            torch.sum(times_x * rows[0].mT, -1, out=factor[..., -1])
-    if inter:
-        times_y = factor[..., end : end + n]
-        torch.mul(m, of_l[-1] * -of_m, out=times_y)
-        times_x.addcmul_(grams[-1, 0], of_k[-1])
-        if apart is not None:
-            torch.mul(apart[1, 0].sum(-1), of_k[1, ..., 0], out=factor[..., -3])
-            torch.sum(times_y, -1, out=factor[..., -2])
-    torch.bmm(factor, used, out=grad)
-    return loss
+
+def _apart(intra: bool, inter: bool, center: bool, form: str) -> bool:
+    """Whether there are Grams of both relations, each centred in its way."""
+    return intra and inter and center and form != "signed"
+
+
+class _Apart:
+    """The Grams of both relations, each centred in its way, of those of D.
+
+    Args:
+        z: (G, rows, P), those of X and Y, which are D, and three more: c_x, c_y and 1.
+        columns: (2, G, 1, P), the means that D lacks of either side.
+        rows: (2, G, N, 1), likewise.
+        plain: (2, G, N, N), the Grams of D.
+        mixed: X, Y^T and where M belongs, with their padding.
+
+    Attributes:
+        grams: (2, 2, G, N, N), of intra and inter, of X and Y; and M is in its place.
+        row_of_x: (G, 1, N), the means of X.
+    """
+
+    def __init__(
+        self,
+        z: Tensor,
+        columns: Tensor,
+        rows: Tensor,
+        plain: Tensor,
+        mixed: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        self._rows, self._plain, self._mixed = (rows, rows.mT), plain, mixed
+        self._count = z.shape[2]
+        self.grams = plain.new_empty(2, *plain.shape)
+        self.row_of_x = rows[0].mT
+        z[:, -1].fill_(1)
+        c = z[:, -3:-1]
+        self._c = (columns.squeeze(2), c.transpose(0, 1))
+        # Of either c with D of either side, and with either c.
+        of_c = z.new_empty(len(z), 2, z.shape[1] - 1)
+        self._of_c = (c, z[:, :-1].mT, of_c)
+        d, cc = of_c[..., :-2].unflatten(2, (2, -1)), of_c[..., -2:]
+        self._of_m = (d[:, 1, 0, :, None], cc[:, 0, 1, None, None], d[:, 0, 1, None])
+        self._own = d.diagonal(dim1=1, dim2=2).permute(2, 0, 1)[..., : plain.shape[-1]]
+        self._squares = cc.diagonal(dim1=1, dim2=2).mT[..., None]
+
+    def make(self) -> None:
+        """Make them, and M."""
+        columns, c = self._c
+        torch.sub(columns, columns.mean(-1, keepdim=True), out=c)
+        c, others, of_c = self._of_c
+        torch.bmm(c, others, out=of_c)
+        x, y, m = self._mixed
+        of_x, square, of_y = self._of_m
+        torch.add(of_x + square, of_y, out=m)
+        m.baddbmm_(x, y)
+        intra, inter = self.grams
+        torch.addcmul(self._plain, *self._rows, value=self._count, out=intra)
+        torch.add(self._plain, self._own[..., None], out=inter)
+        inter.add_((self._own + self._squares)[..., None, :])
