@@ -137,16 +137,27 @@ def test_a_teacher_in_half_precision():
     torch.testing.assert_close(pcka_loss(s, t, patch_size=8), pcka_loss(s, t.float(), patch_size=8))
 
 
-@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-def test_any_memory_format(memory_format):
-    s, t = rand(2, 6, 20, 24), rand(2, 6, 20, 24, seed=1)
-    expected = torch.autograd.grad(
-        pcka_loss(x := s.clone().requires_grad_(), t, patch_size=8, inter_weight=1.0), x
-    )[0]
-    x = s.to(memory_format=memory_format).requires_grad_()
-    t = torch.cat([t, t], 1).to(memory_format=memory_format)[:, :6]
-    pcka_loss(x, t, patch_size=8, inter_weight=1.0).backward()
-    torch.testing.assert_close(x.grad, expected)
+IN_MEMORY = {
+    "in rows": lambda x: x.clone(),
+    "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "some of the channels": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "cut off": lambda x: torch.nn.functional.pad(x, (0, 3, 0, 5))[..., : x.shape[2], : x.shape[3]],
+}
+
+
+@pytest.mark.parametrize("student", IN_MEMORY)
+@pytest.mark.parametrize("teacher", IN_MEMORY)
+# Where rows are resized, columns, both and none.
+@pytest.mark.parametrize("sides", [(20, 24), (24, 20), (20, 20), (24, 24)])
+def test_however_maps_lie_in_memory(student, teacher, sides):
+    s, t = rand(2, 6, *sides), rand(2, 6, *sides, seed=1)
+    options = {"patch_size": 8, "inter_weight": 1.0}
+    loss = pcka_loss(expected := s.clone().requires_grad_(), t, **options)
+    loss.backward()
+    x = IN_MEMORY[student](s).requires_grad_()
+    result = pcka_loss(x, IN_MEMORY[teacher](t), **options)
+    torch.testing.assert_close(result, loss)
+    torch.testing.assert_close(torch.autograd.grad(result, x)[0], expected.grad)
 
 
 def test_a_retained_graph_can_be_gone_through_again():
@@ -399,3 +410,22 @@ def test_the_products_are_made_once(layout, weights, products, center):
     least = products * groups * n * n * p
     thin = groups * n * (10 * (n + p) if products == 5 else n)
     assert least <= seen.multiplications <= least + thin
+
+
+@pytest.mark.parametrize("options", [{}, {"inter_weight": 1.0}])
+def test_of_a_large_symmetric_product_one_half_is_made(options):
+    """N is 150 in P of 200: three bands of 56, 56 and 40 rows."""
+    shape, n, p = (2, 2, 100, 150), 150, 200
+    assert patch_counts(shape, 10, "spatial") == (2, n, p)
+    full = (5 if "inter_weight" in options else 3) * 2 * 152 * 152 * p
+    spared = 2 * 2 * (56 * (152 - 56) + 56 * 40) * p
+    seen = operations(shape, patch_size=10, **options).multiplications
+    assert seen <= full - spared + 2 * n * 10 * (n + p)
+    s, t = rand(*shape, dtype=torch.float64), rand(*shape, seed=1, dtype=torch.float64)
+    for weights in WEIGHTS:
+        for center in (True, False):
+            (loss, grad), (expected, expected_grad) = both_forms(
+                s, t, 10, "spatial", center, *weights
+            )
+            torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-14)

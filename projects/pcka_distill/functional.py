@@ -474,7 +474,15 @@ def _fused_pcka(
             resize = kind(parts[0].shape, raised, like)
         if cka is None:
             cka = FusedCKA(
-                count, n, p, like, gradient=gradient, **relations, center=center, form=form
+                count,
+                n,
+                p,
+                like,
+                gradient=gradient,
+                **relations,
+                center=center,
+                form=form,
+                halves=small_steps,
             )
         for side, x in zip(cka.sides, parts):
             by_group = _cut(resize(x) if resize else x, patch_size).permute(order)

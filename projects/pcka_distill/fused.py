@@ -323,6 +323,32 @@ def _padded(n: int) -> int:
     return n if n < 16 else -(-n // 8) * 8
 
 
+# Rows of a Gram that are made at a time, where only one half of it is.
+_BAND = 64
+# X, Y^T, where to make their product, and what to copy of it: (where to, what).
+Product = tuple[Tensor, Tensor, Tensor, tuple[tuple[Tensor, Tensor], ...]]
+
+
+def _gram_products(x: Tensor, gram: Tensor, halves: bool) -> list[Product]:
+    """The products that make X X^T of (G, N, P) in (G, N, N)."""
+    g, n, _ = x.shape
+    bands = -(-n // _BAND) if halves else 1
+    if bands == 1:
+        return [(x, x.mT, gram, ())]
+    made = []
+    height = _padded(-(-n // bands))
+    room = gram.new_empty(g * height * n)
+    for start in range(0, n, height):
+        end = min(start + height, n)
+        # A product is fast into memory of its own alone.
+        band = room[: g * (end - start) * end].view(g, -1, end)
+        copies = [(gram[:, start:end, :end], band)]
+        if start:
+            copies.append((gram[:, :start, start:end], band[..., :start].mT))
+        made.append((x[:, start:end], x[:, :end].mT, band, tuple(copies)))
+    return made
+
+
 class FusedCKA:
     """Weighted 1 - CKA of X and Y (intra), of their transposes (inter), or both.
 
@@ -339,6 +365,8 @@ class FusedCKA:
         inter: whether the other is; one of them has to be.
         center: centre over N for intra, over P for inter.
         form: what to make of a CKA, one of :data:`FORMS`.
+        halves: of large Grams, which are symmetric, one half is made, and copied: less work, in
+            more operations.
 
     Attributes:
         sides: (2, G, N, P), X and Y, to be written before each call, which **overwrites** them.
@@ -357,6 +385,7 @@ class FusedCKA:
         inter: bool,
         center: bool,
         form: str = "cka",
+        halves: bool = False,
     ) -> None:
         self.intra, self.inter, self.center, self.form = intra, inter, center, form
         self.grad = like.new_empty(groups, n, p) if gradient else None
@@ -376,14 +405,19 @@ class FusedCKA:
         ]
         x, y = z[:, :end], z[:, end : 2 * end]
         products = like.new_empty(2 + inter, groups, end, end)
-        self._products = [(a, b.mT, out) for a, b, out in zip((x, y, x), (x, y, y), products)]
+        self._products = [
+            *_gram_products(x, products[0], halves),
+            *_gram_products(y, products[1], halves),
+        ]
+        if inter:
+            self._products.append((x, y.mT, products[2], ()))
         # What is padding adds nothing to these Grams, but it would to centred ones.
         width = n if apart else end
         grams, m = products[None, :2, :, :n, :width], products[-1, :, :n, :width]
         self._unscaled_m, self._apart = m, None
         if apart:
             (_, columns, *_), (_, rows, *_) = self._means
-            self._apart = _Apart(z, columns, rows, grams[0], self._products.pop())
+            self._apart = _Apart(z, columns, rows, grams[0], self._products.pop()[:3])
             grams, m = self._apart.grams, torch.empty_like(m)
         # As rows: K and L of one or each of the relations (1 or 2, 2, G, ...), M (G, ...).
         self._grams, self._m = grams.flatten(-2), m.flatten(-2)
@@ -416,8 +450,10 @@ class FusedCKA:
         for axis, mean, *_ in self._means:
             torch.mean(self.sides, axis, keepdim=True, out=mean)
             self.sides.sub_(mean)
-        for a, b, out in self._products:
+        for a, b, out, copies in self._products:
             torch.bmm(a, b, out=out)
+            for to, made in copies:
+                to.copy_(made)
         if self._apart is not None:
             self._apart.make()
 
