@@ -71,6 +71,15 @@ def _slope(cka: Tensor, form: str) -> Tensor | float:
     return 0.5 / safe.sqrt() if form == "sqrt" else 1 / safe
 
 
+def _matrix(
+    size: int, to: int, backward: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """(outputs, inputs) of a bilinear resize of one side, or of its gradient; see :func:`_bands`."""
+    eye = torch.eye(size, dtype=dtype, device=device)[None, None]
+    matrix = F.interpolate(eye, size=(to, size), mode="bilinear", align_corners=False)[0, 0]
+    return matrix.mT if backward else matrix
+
+
 @functools.lru_cache(maxsize=1024)
 def _bands(
     size: int, to: int, width: int | None, backward: bool, dtype: torch.dtype, device: torch.device
@@ -87,10 +96,7 @@ def _bands(
     """
     if size == to:
         return ()
-    eye = torch.eye(size, dtype=dtype, device=device)[None, None]
-    matrix = F.interpolate(eye, size=(to, size), mode="bilinear", align_corners=False)[0, 0]
-    if backward:
-        matrix = matrix.mT
+    matrix = _matrix(size, to, backward, dtype, device)
     if width is None:
         # Nothing is asked of the matrix, for which a device would have to be waited for.
         return ((slice(None), slice(None), matrix),)
@@ -238,7 +244,7 @@ def _bags(
         count: B and C.
         strides: of images, channels and rows.
     """
-    ((_, _, matrix),) = _bands(size, to, None, backward, dtype, torch.device("cpu"))
+    matrix = _matrix(size, to, backward, dtype, torch.device("cpu"))
     used = matrix != 0
     most = int(used.sum(1).max())
     # Those that are used come first; one that is not has the weight 0.
