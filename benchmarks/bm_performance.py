@@ -593,8 +593,8 @@ has.
 
 On the H200 below that ratio is one of numbers of launches, each of which takes the processor beside
 it longer than the GPU needs for the work: three or five products against some 45 (intra) or 80
-(both) operations of a step, of which a small level takes one and P3 three. `tests/test_fused.py`
-holds their number.
+(both; 75 since it was measured) operations of a step, of which a small level takes one and P3
+three. `tests/test_fused.py` holds their number.
 """,
     "step": """\
 ## The step

@@ -382,7 +382,7 @@ def test_no_loop_over_channels(monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "most"),
-    [({}, 48), ({"inter_weight": 1.0}, 84), ({"form": "signed"}, 35)],
+    [({}, 48), ({"inter_weight": 1.0}, 79), ({"form": "signed"}, 35)],
 )
 def test_few_launches_on_a_gpu(options, most, monkeypatch):
     """Where each costs more than its work: one step for a small level, three for the largest."""

@@ -7,7 +7,7 @@ legend; X is the student's, Y the teacher's. With K = X X^T, L = Y Y^T and M = X
     intra CKA = <K, L> / (|K| |L|)        inter CKA = |M|^2 / (|K| |L|)
 
 since <X^T X, Y^T Y> = |X Y^T|^2 and |X^T X| = |X X^T|: three products serve both, however large
-P is. One more, with X and Y stacked, makes the gradients,
+P is, and K and L are symmetric. One more, with X and Y stacked, makes the gradients,
 
     d intra / dX = 2 (L / |L| - intra K / |K|) X / |K|
     d inter / dX = 2 (M Y / |L| - inter K X / |K|) / |K|
@@ -71,10 +71,8 @@ def _slope(cka: Tensor, form: str) -> Tensor | float:
     return 0.5 / safe.sqrt() if form == "sqrt" else 1 / safe
 
 
-def _matrix(
-    size: int, to: int, backward: bool, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """(outputs, inputs) of a bilinear resize of one side, or of its gradient; see :func:`_bands`."""
+def _matrix(size: int, to: int, backward: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(outputs, inputs) of a bilinear resize of one side or its gradient, see :func:`_bands`."""
     eye = torch.eye(size, dtype=dtype, device=device)[None, None]
     matrix = F.interpolate(eye, size=(to, size), mode="bilinear", align_corners=False)[0, 0]
     return matrix.mT if backward else matrix
@@ -158,15 +156,16 @@ class BandedResize(Resize):
     def __init__(self, shape: torch.Size, to: tuple[int, int], like: Tensor) -> None:
         super().__init__(shape, to, like)
         b, c, h, w = shape
-        # A row of all images in a run, so that patches are cut in long ones.
-        self._small, self._wide = (like.new_empty(c, h, b, x) for x in (w, to[1]))
-        self._maps = self._wide
         # Narrow bands have few zeros, and each is a call.
         forward, self._backward = (self.bands(None, 16, x)[1] for x in (False, True))
-        small, wide = (x.flatten(0, 2) for x in (self._small, self._wide))
-        self._forward = [(small[:, i], m.mT, wide[:, o]) for o, i, m in forward]
+        if forward:
+            # A row of all images in a run, so that patches are cut in long ones.
+            self._small, self._maps = (like.new_empty(c, h, b, x) for x in (w, to[1]))
+            self._table = self._maps.flatten(0, 2)
+            small = self._small.flatten(0, 2)
+            self._forward = [(small[:, i], m.mT, self._table[:, o]) for o, i, m in forward]
 
-    def _sum_rows(self, table: Tensor, strides: tuple[int, ...], backward: bool) -> Tensor:
+    def _sum_rows(self, table: Tensor, strides: tuple[int, int, int], backward: bool) -> Tensor:
         """Resize the height, or make the gradient of that.
 
         Args:
@@ -191,13 +190,13 @@ class BandedResize(Resize):
 
     def __call__(self, x: Tensor) -> Tensor:
         b, _, h, width = self.shape
-        if self._forward:
+        if self._backward:
             self._small.copy_(x.permute(1, 2, 0, 3))
             for rows, m, out in self._forward:
                 torch.mm(rows, m, out=out)
             if h == self.to[0]:
                 return self.maps()
-            table, strides = self._wide.flatten(0, 2), (1, h * b, b)
+            table, strides = self._table, (1, h * b, b)
         else:
             x = x.detach().to(self.like.dtype)
             if x.stride(3) != 1 or any(stride % width for stride in x.stride()[:3]):
@@ -206,7 +205,7 @@ class BandedResize(Resize):
             strides = (image, channel, row)
             count = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides))
             table = x.as_strided((count, width), (width, 1))
-        self._maps = self._sum_rows(table, strides, False)
+        self._maps = self._sum_rows(table, strides, backward=False)
         return self.maps()
 
     def maps(self) -> Tensor:
@@ -216,7 +215,7 @@ class BandedResize(Resize):
         b, _, h, _ = self.shape
         small = self._maps
         if h != self.to[0]:
-            small = self._sum_rows(small.flatten(0, 2), (1, self.to[0] * b, b), True)
+            small = self._sum_rows(small.flatten(0, 2), (1, self.to[0] * b, b), backward=True)
         if self._backward:
             wide, small = small.flatten(0, 2), self._small
             made = small.flatten(0, 2)
@@ -225,7 +224,8 @@ class BandedResize(Resize):
         return small.permute(2, 0, 1, 3)
 
 
-@functools.lru_cache(maxsize=256)
+# A batch of one size has some twenty; of all channels at once each may take megabytes.
+@functools.lru_cache(maxsize=32)
 def _bags(
     size: int,
     to: int,
