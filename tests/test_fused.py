@@ -291,15 +291,22 @@ def test_a_dead_channel_of_the_teacher_teaches_any_student_nothing(form, weights
     assert loss.isfinite() and (grad[:, 0] == 0).all() and grad.isfinite().all()
 
 
-def test_a_run_with_fake_tensors_leaves_nothing_behind():
+@pytest.mark.parametrize("side", [16, 9])
+def test_a_run_with_fake_tensors_leaves_nothing_behind(side, monkeypatch):
     """As tools that only look at shapes do; another run in the same process computes."""
     fake = pytest.importorskip("torch._subclasses.fake_tensor")
+    # In caches a resize asks for the numbers of its weights.
+    monkeypatch.setattr(functional, "in_caches", lambda device: False)
     options = {"patch_size": 4, "inter_weight": 0.5}
-    x, y = rand(2, 3, 16, 16), rand(2, 3, 16, 16, seed=1)
-    expected = pcka_loss(x, y, **options)
+    x, y = rand(2, 3, side, side), rand(2, 3, side, side, seed=1)
+    x.requires_grad_()
     with fake.FakeTensorMode() as mode:
         pcka_loss(mode.from_tensor(x), mode.from_tensor(y), **options)
-    assert torch.equal(pcka_loss(x, y, **options), expected)
+    loss = pcka_loss(x, y, **options)
+    expected = plain(x, y, 4, "spatial", True, 1.0, 0.5)
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(z, x)[0] for z in (loss, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("side", [0, 1])
@@ -388,6 +395,8 @@ def test_few_launches_on_a_gpu(options, most, monkeypatch):
     """Where each costs more than its work: one step for a small level, three for the largest."""
     monkeypatch.setattr(functional, "in_caches", lambda device: False)
     for shape, steps in (((2, 4, 24, 24), 1), ((2, 4, 120, 120), 1), ((2, 256, 100, 168), 3)):
+        # The weights of a resize are made once.
+        operations(shape, patch_size=16, **options)
         seen = operations(shape, patch_size=16, **options)
         assert seen.launches <= steps * most, seen.launches
 

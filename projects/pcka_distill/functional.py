@@ -444,6 +444,8 @@ def _fused_pcka(
         # Its stages.
         values += 3 * student.shape[0] * student.shape[1] * raised[0] * raised[1] // groups
     step = groups if axis is None else max(1, min(groups, budget // (values * like.element_size())))
+    # As even as can be: a last one of another size has memory and views of its own.
+    step = -(-groups // -(-groups // step))
 
     wanted = [weight / groups for weight in (intra_weight, inter_weight) if weight]
     if weights is not None:

@@ -119,11 +119,12 @@ class Resize:
     def __init__(self, shape: torch.Size, to: tuple[int, int], like: Tensor) -> None:
         self.shape, self.to, self.like = shape, to, like
 
-    def bands(self, by_row: int | None, by_column: int | None, backward: bool) -> tuple[Bands, ...]:
-        """Those of either side, see :func:`_bands`."""
-        h, w = self.shape[-2:]
-        facts = (backward, self.like.dtype, self.like.device)
-        return _bands(h, self.to[0], by_row, *facts), _bands(w, self.to[1], by_column, *facts)
+    def bands(self, side: int, width: int | None, backward: bool) -> Bands:
+        """Those of the height (0) or the width (1), see :func:`_bands`."""
+        # What is made of tensors without values, as tools do that look at shapes, is not kept.
+        make = _bands if type(self.like) is Tensor else _bands.__wrapped__
+        size, to = self.shape[2 + side], self.to[side]
+        return make(size, to, width, backward, self.like.dtype, self.like.device)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The resized maps (B, C, H', W') of x."""
@@ -137,10 +138,9 @@ class Resize:
     def gradient(self, maps: Tensor) -> Tensor:
         """The gradient (B, C, H, W) of x, of that which was written into :meth:`maps`."""
         # A product for each side: what torch has for it adds up in another order in every run.
-        rows, columns = self.bands(None, None, backward=True)
-        for _, _, m in rows:
+        for _, _, m in self.bands(0, None, backward=True):
             maps = m @ maps
-        for _, _, m in columns:
+        for _, _, m in self.bands(1, None, backward=True):
             maps = maps @ m.mT
         return maps
 
@@ -149,15 +149,15 @@ class BandedResize(Resize):
     """The same in a core's caches, where values are moved as seldom as can be.
 
     A resize is linear and separable. Columns are products with a band matrix. Each row of the
-    outcome is a sum of two, an embedding bag, that takes them from wherever they are. All methods
-    work in the same memory: what one returns holds until another is called.
+    outcome is a sum of two, an embedding bag, that takes them from wherever they are. What a method
+    returns holds until another is called, and :meth:`gradient` is of what :meth:`maps` last gave.
     """
 
     def __init__(self, shape: torch.Size, to: tuple[int, int], like: Tensor) -> None:
         super().__init__(shape, to, like)
         b, c, h, w = shape
         # Narrow bands have few zeros, and each is a call.
-        forward, self._backward = (self.bands(None, 16, x)[1] for x in (False, True))
+        forward, self._backward = (self.bands(1, 16, x) for x in (False, True))
         if forward:
             # A row of all images in a run, so that patches are cut in long ones.
             self._small, self._maps = (like.new_empty(c, h, b, x) for x in (w, to[1]))
@@ -234,12 +234,12 @@ def _bags(
     count: tuple[int, int],
     strides: tuple[int, int, int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which rows make a row (C, outputs, B), where those of each begin, and weights; see `_bands`.
+    """Which rows make each of (C, outputs, B), where they begin among them, and their weights.
 
     Args:
         size: of what is resized.
         to: its new size.
-        backward: of the gradient.
+        backward: of the gradient, see :func:`_bands`.
         dtype: of the weights.
         count: B and C.
         strides: of images, channels and rows.
@@ -335,18 +335,18 @@ _BAND = 64
 Product = tuple[Tensor, Tensor, Tensor, tuple[tuple[Tensor, Tensor], ...]]
 
 
-def _gram_products(x: Tensor, gram: Tensor, halves: bool) -> list[Product]:
-    """The products that make X X^T of (G, N, P) in (G, N, N)."""
+def _gram_products(x: Tensor, gram: Tensor, height: int, room: Tensor) -> list[Product]:
+    """The products that make X X^T of (G, N, P) in (G, N, N), so many rows at a time.
+
+    Where that is less than all of them the part above the diagonal is copied, and a product is made
+    in a room of G * height * N: it is fast into memory of its own alone.
+    """
     g, n, _ = x.shape
-    bands = -(-n // _BAND) if halves else 1
-    if bands == 1:
+    if height >= n:
         return [(x, x.mT, gram, ())]
     made = []
-    height = _padded(-(-n // bands))
-    room = gram.new_empty(g * height * n)
     for start in range(0, n, height):
         end = min(start + height, n)
-        # A product is fast into memory of its own alone.
         band = room[: g * (end - start) * end].view(g, -1, end)
         copies = [(gram[:, start:end, :end], band)]
         if start:
@@ -394,14 +394,27 @@ class FusedCKA:
         halves: bool = False,
     ) -> None:
         self.intra, self.inter, self.center, self.form = intra, inter, center, form
-        self.grad = like.new_empty(groups, n, p) if gradient else None
-        end, apart = _padded(n), _apart(intra, inter, center, form)
+        self.gradient, self.halves = gradient, halves
+        self.grad: Tensor | None = None
+        end = _padded(n)
         # Rows of X, as many of Y, and if apart three for what centring takes out, so that one
         # product with all of them makes the gradient.
-        z = like.new_zeros(groups, 2 * end + 3 * apart, p)
-        self.sides = z[:, : 2 * end].unflatten(1, (2, -1))[:, :, :n].transpose(0, 1)
-        if form == "signed":
+        rows = 2 * end + 3 * _apart(intra, inter, center, form)
+        self._z = like.new_zeros(groups, rows, p)
+        self.sides = self._z[:, : 2 * end].unflatten(1, (2, -1))[:, :, :n].transpose(0, 1)
+        self._prepared = False
+
+    def _prepare(self) -> None:
+        """Make the rest: by now a GPU has freed what the sides were made of."""
+        self._prepared = True
+        like, intra, inter, halves = self._z, self.intra, self.inter, self.halves
+        _, groups, n, p = self.sides.shape
+        if self.gradient:
+            self.grad = like.new_empty(groups, n, p)
+        if self.form == "signed":
             return
+        z, end = self._z, _padded(n)
+        apart, center = _apart(intra, inter, self.center, self.form), self.center
         # Over which axis, the means, the same as rows, and of how many values each is one.
         self._means = [
             (axis, mean, mean.flatten(2), count)
@@ -411,9 +424,12 @@ class FusedCKA:
         ]
         x, y = z[:, :end], z[:, end : 2 * end]
         products = like.new_empty(2 + inter, groups, end, end)
+        bands = -(-n // _BAND) if halves else 1
+        height = _padded(-(-end // bands))
+        room = like.new_empty(groups * height * end if bands > 1 else 0)
         self._products = [
-            *_gram_products(x, products[0], halves),
-            *_gram_products(y, products[1], halves),
+            *_gram_products(x, products[0], height, room),
+            *_gram_products(y, products[1], height, room),
         ]
         if inter:
             self._products.append((x, y.mT, products[2], ()))
@@ -429,7 +445,7 @@ class FusedCKA:
         self._grams, self._m = grams.flatten(-2), m.flatten(-2)
         self._diagonals = self._grams[..., :: width + 1]
         self._scaled_m, self._room = m, torch.empty_like(m)
-        if gradient:
+        if self.gradient:
             self._of_x = (grams[0, 0], grams[0, 1], grams[-1, 0])
             self._used = z if inter else x
             self._factor = like.new_zeros(groups, n, self._used.shape[1])
@@ -439,7 +455,7 @@ class FusedCKA:
 
     @staticmethod
     def values(n: int, p: int, *, intra: bool, inter: bool, center: bool, form: str) -> int:
-        """How many a pair takes."""
+        """How many values one of the G takes, about."""
         end, apart = _padded(n), _apart(intra, inter, center, form)
         return (2 * end + 3 * apart + n) * p + (11 if apart else 7) * end**2
 
@@ -449,6 +465,8 @@ class FusedCKA:
         Args:
             weight: a number or (1 or G, 1), of each relation that is wanted, of every pair.
         """
+        if not self._prepared:
+            self._prepare()
         if self.form == "signed":
             dims = [dim for dim, wanted in ((-2, self.intra), (-1, self.inter)) if wanted]
             return _signed_(self.sides, self.grad, weight, dims, center=self.center)
