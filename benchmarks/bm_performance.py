@@ -587,9 +587,9 @@ TEXT = {
 13 x 21 cells; 2 images, 256 channels, patches of 16, layout `spatial`), on one thread. *The
 published algorithm* is `benchmarks/published.py`: a loop over channels, Gram matrices of both
 relations, every inner product the trace of a matrix product; it is not centred. *Bare matrix
-products* are the `torch.bmm` that no form can do without, of the same shapes: three for intra
-alone, five for both. Peak memory has the gradients of all four levels in it, as a training step
-has.
+products* are the `torch.bmm` of the same shapes: three for intra alone, five for both. Two of them
+are symmetric; ours makes one half of those, on a CPU, where they are large. Peak memory has the
+gradients of all four levels in it, as a training step has.
 
 On the H200 below that ratio is one of numbers of launches, each of which takes the processor beside
 it longer than the GPU needs for the work: three or five products against some 45 (intra) or 80
@@ -604,7 +604,7 @@ A training step (forward and backward) of two shipped COCO configs at their real
 alone and the teacher's backbone alone, on images that are prepared already. The teacher comes first
 in a step, so that the memory that it needs for a while serves the student's activations afterwards.
 What is above 1 is the loss: on a CPU the work, of which the matrix products of P2 of Faster R-CNN,
-with both relations, are 23 billion multiplications an image; on the H200 its launches (see above),
+with both relations, are 19 billion multiplications an image; on the H200 its launches (see above),
 for which the student's own step has to wait, too, so that the rounds differ more. Peak memory is
 without the weights of either. The weights are random.
 """,
@@ -722,7 +722,8 @@ def main() -> None:
             "device": environment,
             "kind": device.type,
             "rounds": rounds,
-            "command": f"python benchmarks/bm_performance.py {section}",
+            "command": f"python benchmarks/bm_performance.py {section}"
+            + (f" --rounds {rounds}" if args.rounds else ""),
         }
         torch.manual_seed(0)
         measured = [{**row, **facts} for row in measure(rounds, device)]
