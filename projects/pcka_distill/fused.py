@@ -158,6 +158,7 @@ class BandedResize(Resize):
         b, c, h, w = shape
         # Narrow bands have few zeros, and each is a call.
         forward, self._backward = (self.bands(1, 16, x) for x in (False, True))
+        self._forward: list[tuple[Tensor, Tensor, Tensor]] = []
         if forward:
             # A row of all images in a run, so that patches are cut in long ones.
             self._small, self._maps = (like.new_empty(c, h, b, x) for x in (w, to[1]))
@@ -190,7 +191,7 @@ class BandedResize(Resize):
 
     def __call__(self, x: Tensor) -> Tensor:
         b, _, h, width = self.shape
-        if self._backward:
+        if self._forward:
             self._small.copy_(x.permute(1, 2, 0, 3))
             for rows, m, out in self._forward:
                 torch.mm(rows, m, out=out)
@@ -329,6 +330,19 @@ def _padded(n: int) -> int:
     return n if n < 16 else -(-n // 8) * 8
 
 
+def _apart(intra: bool, inter: bool, center: bool, form: str) -> bool:
+    """Whether there are Grams of both relations, each centred in its way."""
+    return intra and inter and center and form != "signed"
+
+
+def _rows_of(n: int, apart: bool) -> int:
+    """Rows of X, as many of Y, and if apart three for what centring takes out.
+
+    One product with all of them makes the gradient.
+    """
+    return 2 * _padded(n) + 3 * apart
+
+
 # Rows of a Gram that are made at a time, where only one half of it is.
 _BAND = 64
 # X, Y^T, where to make their product, and what to copy of it: (where to, what).
@@ -396,37 +410,33 @@ class FusedCKA:
         self.intra, self.inter, self.center, self.form = intra, inter, center, form
         self.gradient, self.halves = gradient, halves
         self.grad: Tensor | None = None
-        end = _padded(n)
-        # Rows of X, as many of Y, and if apart three for what centring takes out, so that one
-        # product with all of them makes the gradient.
-        rows = 2 * end + 3 * _apart(intra, inter, center, form)
-        self._z = like.new_zeros(groups, rows, p)
-        self.sides = self._z[:, : 2 * end].unflatten(1, (2, -1))[:, :, :n].transpose(0, 1)
+        self._z = like.new_zeros(groups, _rows_of(n, _apart(intra, inter, center, form)), p)
+        self.sides = self._z[:, : 2 * _padded(n)].unflatten(1, (2, -1))[:, :, :n].transpose(0, 1)
         self._prepared = False
 
     def _prepare(self) -> None:
         """Make the rest: by now a GPU has freed what the sides were made of."""
         self._prepared = True
-        like, intra, inter, halves = self._z, self.intra, self.inter, self.halves
+        z, intra, inter = self._z, self.intra, self.inter
         _, groups, n, p = self.sides.shape
         if self.gradient:
-            self.grad = like.new_empty(groups, n, p)
+            self.grad = z.new_empty(groups, n, p)
         if self.form == "signed":
             return
-        z, end = self._z, _padded(n)
-        apart, center = _apart(intra, inter, self.center, self.form), self.center
-        # Over which axis, the means, the same as rows, and of how many values each is one.
-        self._means = [
-            (axis, mean, mean.flatten(2), count)
-            for wanted, axis, shape, count in ((intra, -2, (1, p), n), (inter, -1, (n, 1), p))
-            if wanted and center
-            for mean in [like.new_empty(2, groups, *shape)]
-        ]
+        end, apart = _padded(n), _apart(intra, inter, self.center, self.form)
+        # The means over an axis; the same as rows, and of how many values each is one.
+        self._means: list[tuple[int, Tensor]] = []
+        self._lost: list[tuple[Tensor, int]] = []
+        for wanted, axis, shape, count in ((intra, -2, (1, p), n), (inter, -1, (n, 1), p)):
+            if wanted and self.center:
+                mean = z.new_empty(2, groups, *shape)
+                self._means.append((axis, mean))
+                self._lost.append((mean.flatten(2), count))
         x, y = z[:, :end], z[:, end : 2 * end]
-        products = like.new_empty(2 + inter, groups, end, end)
-        bands = -(-n // _BAND) if halves else 1
+        products = z.new_empty(2 + inter, groups, end, end)
+        bands = -(-n // _BAND) if self.halves else 1
         height = _padded(-(-end // bands))
-        room = like.new_empty(groups * height * end if bands > 1 else 0)
+        room = z.new_empty(groups * height * end if bands > 1 else 0)
         self._products = [
             *_gram_products(x, products[0], height, room),
             *_gram_products(y, products[1], height, room),
@@ -438,17 +448,18 @@ class FusedCKA:
         grams, m = products[None, :2, :, :n, :width], products[-1, :, :n, :width]
         self._unscaled_m, self._apart = m, None
         if apart:
-            (_, columns, *_), (_, rows, *_) = self._means
+            (_, columns), (_, rows) = self._means
             self._apart = _Apart(z, columns, rows, grams[0], self._products.pop()[:3])
             grams, m = self._apart.grams, torch.empty_like(m)
         # As rows: K and L of one or each of the relations (1 or 2, 2, G, ...), M (G, ...).
         self._grams, self._m = grams.flatten(-2), m.flatten(-2)
         self._diagonals = self._grams[..., :: width + 1]
         self._scaled_m, self._room = m, torch.empty_like(m)
+        self._flat_room = self._room.flatten(-2)
         if self.gradient:
             self._of_x = (grams[0, 0], grams[0, 1], grams[-1, 0])
             self._used = z if inter else x
-            self._factor = like.new_zeros(groups, n, self._used.shape[1])
+            self._factor = z.new_zeros(groups, n, self._used.shape[1])
             self._times_x = self._factor[..., :width]
             self._times_y = self._factor[..., end : end + width]
             self._times_c = self._factor[..., -3:].unbind(-1)
@@ -457,7 +468,7 @@ class FusedCKA:
     def values(n: int, p: int, *, intra: bool, inter: bool, center: bool, form: str) -> int:
         """How many values one of the G takes, about."""
         end, apart = _padded(n), _apart(intra, inter, center, form)
-        return (2 * end + 3 * apart + n) * p + (11 if apart else 7) * end**2
+        return (_rows_of(n, apart) + n) * p + (11 if apart else 7) * end**2
 
     def __call__(self, weight: Sequence[float | Tensor]) -> Tensor:
         """The sum of the losses over G, a scalar.
@@ -471,7 +482,7 @@ class FusedCKA:
             dims = [dim for dim, wanted in ((-2, self.intra), (-1, self.inter)) if wanted]
             return _signed_(self.sides, self.grad, weight, dims, center=self.center)
         # Every operation on a GPU costs the time of its launch: there are as few as can be.
-        for axis, mean, *_ in self._means:
+        for axis, mean in self._means:
             torch.mean(self.sides, axis, keepdim=True, out=mean)
             self.sides.sub_(mean)
         for a, b, out, copies in self._products:
@@ -483,7 +494,7 @@ class FusedCKA:
 
         grams = self._grams
         trace = self._diagonals.sum(-1, keepdim=True)
-        dead = _dead(trace, [(lost, count) for *_, lost, count in self._means])
+        dead = _dead(trace, self._lost)
         # A CKA does not depend on the scale: Grams of unit trace can be squared, whatever theirs
         # was.
         trace.masked_fill_(dead, math.inf)
@@ -493,8 +504,8 @@ class FusedCKA:
         product = inverse[:, 0] * inverse[:, 1]
         dots = []
         if self.intra:
-            room = self._room.flatten(-2)
-            dots.append(torch.mul(grams[0, 0], grams[0, 1], out=room).sum(-1, keepdim=True))
+            products = torch.mul(grams[0, 0], grams[0, 1], out=self._flat_room)
+            dots.append(products.sum(-1, keepdim=True))
         if self.inter:
             root = trace[-1].rsqrt()
             of_m = root[0] * root[1]
@@ -531,11 +542,6 @@ class FusedCKA:
                 torch.sum(times_y, -1, out=self._times_c[1])
         torch.bmm(self._factor, self._used, out=self.grad)
         return loss
-
-
-def _apart(intra: bool, inter: bool, center: bool, form: str) -> bool:
-    """Whether there are Grams of both relations, each centred in its way."""
-    return intra and inter and center and form != "signed"
 
 
 class _Apart:
