@@ -291,12 +291,12 @@ def test_a_dead_channel_of_the_teacher_teaches_any_student_nothing(form, weights
     assert loss.isfinite() and (grad[:, 0] == 0).all() and grad.isfinite().all()
 
 
-@pytest.mark.parametrize("side", [16, 9])
-def test_a_run_with_fake_tensors_leaves_nothing_behind(side, monkeypatch):
+@pytest.mark.parametrize(("caches", "side"), [(True, 16), (False, 16), (False, 9)])
+def test_a_run_with_fake_tensors_leaves_nothing_behind(caches, side, monkeypatch):
     """As tools that only look at shapes do; another run in the same process computes."""
     fake = pytest.importorskip("torch._subclasses.fake_tensor")
-    # In caches a resize asks for the numbers of its weights.
-    monkeypatch.setattr(functional, "in_caches", lambda device: False)
+    # In caches a resize, of a side of 9, asks for the numbers of its weights.
+    monkeypatch.setattr(functional, "in_caches", lambda device: caches)
     options = {"patch_size": 4, "inter_weight": 0.5}
     x, y = rand(2, 3, side, side), rand(2, 3, side, side, seed=1)
     x.requires_grad_()
