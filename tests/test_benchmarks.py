@@ -63,6 +63,10 @@ def test_peak_memory_is_what_is_alive_at_once(performance):
 
     peak = performance.peak_bytes(run, torch.device("cpu"))
     assert 6 * mega <= peak < 6 * mega + 4096
+    # A large gradient is numpy's.
+    both = lambda: (run(), np.empty(3 * mega, np.uint8))  # noqa: E731
+    peak = performance.peak_bytes(both, torch.device("cpu"))
+    assert 9 * mega <= peak < 9 * mega + 4096
 
 
 @pytest.mark.parametrize(("caches", "shape"), [(True, (50, 84)), (False, (100, 168))])

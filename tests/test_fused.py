@@ -1,6 +1,7 @@
 """The fused PCKA: equal to the plain form, and no more work than it promises."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pcka_distill import functional
 from pcka_distill.functional import CHANNEL_LAYOUTS, FORMS, LAYOUTS, patch_counts, pcka_loss
+from pcka_distill.fused import BandedResize
 
 ATEN = torch.ops.aten
 WEIGHTS = [(1.0, 0.0), (0.0, 2.0), (3.0, 2.0)]
@@ -149,7 +151,10 @@ IN_MEMORY = {
 @pytest.mark.parametrize("teacher", IN_MEMORY)
 # Where rows are resized, columns, both and none.
 @pytest.mark.parametrize("sides", [(20, 24), (24, 20), (20, 20), (24, 24)])
-def test_however_maps_lie_in_memory(student, teacher, sides):
+# A gradient in torch's memory, and in numpy's, as it is for large maps.
+@pytest.mark.parametrize("huge", [1 << 30, 0])
+def test_however_maps_lie_in_memory(student, teacher, sides, huge, monkeypatch):
+    monkeypatch.setattr(functional, "_HUGE", huge)
     s, t = rand(2, 6, *sides), rand(2, 6, *sides, seed=1)
     options = {"patch_size": 8, "inter_weight": 1.0}
     loss = pcka_loss(expected := s.clone().requires_grad_(), t, **options)
@@ -157,7 +162,32 @@ def test_however_maps_lie_in_memory(student, teacher, sides):
     x = IN_MEMORY[student](s).requires_grad_()
     result = pcka_loss(x, IN_MEMORY[teacher](t), **options)
     torch.testing.assert_close(result, loss)
-    torch.testing.assert_close(torch.autograd.grad(result, x)[0], expected.grad)
+    gradient = torch.autograd.grad(result, x)[0]
+    torch.testing.assert_close(gradient, expected.grad)
+    assert gradient.stride() == torch.empty_like(x).stride()
+
+
+# One row, both sides, one that stays; windows that drift apart, of few columns, and of too many.
+@pytest.mark.parametrize("patch", [2, 5, 16, 40])
+@pytest.mark.parametrize("sides", [(1, 1), (1, 33), (25, 42), (9, 80), (80, 3), (3, 1585)])
+# As cells of a layout lie in memory, in which a resize writes or does not.
+@pytest.mark.parametrize("order", [(4, 2, 1, 0, 3, 5), (0, 1, 2, 3, 4, 5), (3, 5, 4, 2, 0, 1)])
+def test_a_resize_in_caches_is_that_of_torch(patch, sides, order):
+    shape = torch.Size((2, 3, *sides))
+    to = [-(-side // patch) * patch for side in sides]
+    x = rand(*shape, dtype=torch.float64).requires_grad_()
+    expected = torch.nn.functional.interpolate(x, size=to, mode="bilinear", align_corners=False)
+    resize = BandedResize(shape, to, patch, torch.empty(0, dtype=torch.float64), order)
+
+    sizes = (2, 3, to[0] // patch, patch, to[1] // patch, patch)
+    inverse = [order.index(i) for i in range(6)]
+    memory = torch.full([sizes[i] for i in order], math.nan, dtype=torch.float64)
+    cells = memory.permute(inverse)
+    resize(x, cells)
+    torch.testing.assert_close(cells.reshape(expected.shape), expected)
+    cells.copy_(rand(*sizes, seed=1, dtype=torch.float64))
+    gradient = torch.autograd.grad(expected, x, cells.reshape(expected.shape))[0]
+    torch.testing.assert_close(resize.gradient(resize.joined(cells)), gradient)
 
 
 def test_a_retained_graph_can_be_gone_through_again():
@@ -291,16 +321,19 @@ def test_a_dead_channel_of_the_teacher_teaches_any_student_nothing(form, weights
     assert loss.isfinite() and (grad[:, 0] == 0).all() and grad.isfinite().all()
 
 
-@pytest.mark.parametrize(("caches", "side"), [(True, 16), (False, 16), (False, 9)])
+@pytest.mark.parametrize("caches", [True, False])
+@pytest.mark.parametrize("side", [16, 9])
 def test_a_run_with_fake_tensors_leaves_nothing_behind(caches, side, monkeypatch):
     """As tools that only look at shapes do; another run in the same process computes."""
     fake = pytest.importorskip("torch._subclasses.fake_tensor")
-    # In caches a resize, of a side of 9, asks for the numbers of its weights.
     monkeypatch.setattr(functional, "in_caches", lambda device: caches)
+    # In caches a resize asks for the numbers of its weights.
+    refused = pytest.raises(fake.DataDependentOutputException)
     options = {"patch_size": 4, "inter_weight": 0.5}
     x, y = rand(2, 3, side, side), rand(2, 3, side, side, seed=1)
     x.requires_grad_()
-    with fake.FakeTensorMode() as mode:
+    resized = side % options["patch_size"]
+    with fake.FakeTensorMode() as mode, refused if caches and resized else nullcontext():
         pcka_loss(mode.from_tensor(x), mode.from_tensor(y), **options)
     loss = pcka_loss(x, y, **options)
     expected = plain(x, y, 4, "spatial", True, 1.0, 0.5)

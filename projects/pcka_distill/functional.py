@@ -31,6 +31,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,6 +42,7 @@ from pcka_distill.fused import (
     BandedResize,
     FusedCKA,
     Resize,
+    cut,
     dissimilarity,
 )
 
@@ -332,9 +334,7 @@ def own_cells(extents: Sequence[tuple[int, int]], device: torch.device) -> Tenso
 
 def patch_counts(shape: Sequence[int], patch_size: int, layout: str) -> tuple[int, int, int]:
     """(G, N, P) of :func:`pcka_loss` for maps of a shape (B, C, H, W)."""
-    b, c, height, width = shape
-    u, v = -(-height // patch_size), -(-width // patch_size)
-    sizes = (b, c, u, patch_size, v, patch_size)
+    sizes = _cell_sizes(shape, patch_size)
     order, n_group, n_sample = _PERMUTATIONS[layout]
     axes = [sizes[i] for i in order]
     return (
@@ -344,15 +344,16 @@ def patch_counts(shape: Sequence[int], patch_size: int, layout: str) -> tuple[in
     )
 
 
+def _cell_sizes(shape: Sequence[int], patch_size: int) -> tuple[int, ...]:
+    """(B, C, U, p, V, p) of maps of a shape (B, C, H, W)."""
+    b, c, height, width = shape
+    return b, c, -(-height // patch_size), patch_size, -(-width // patch_size), patch_size
+
+
 def _raised(shape: Sequence[int], patch_size: int) -> tuple[int, int]:
     """The sides of a map (B, C, H, W) raised to the next multiples of the patch."""
     height, width = (-(-side // patch_size) * patch_size for side in shape[-2:])
     return height, width
-
-
-def _cut(x: Tensor, patch_size: int) -> Tensor:
-    """View x (B, C, H, W), of whole patches, as (B, C, U, p, V, p)."""
-    return x.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
 
 
 def to_patches(x: Tensor, patch_size: int, layout: str) -> Tensor:
@@ -364,7 +365,7 @@ def to_patches(x: Tensor, patch_size: int, layout: str) -> Tensor:
     size = _raised(x.shape, patch_size)
     if size != x.shape[-2:]:
         x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-    cells = _cut(x, patch_size).permute(_PERMUTATIONS[layout][0])
+    cells = cut(x, patch_size).permute(_PERMUTATIONS[layout][0])
     return cells.reshape(patch_counts(x.shape, patch_size, layout))
 
 
@@ -395,6 +396,24 @@ class _FusedPCKA(torch.autograd.Function):
         return None, grad, *(None,) * 8
 
 
+# numpy asks for huge pages from so many bytes on.
+_HUGE = 4 << 20
+
+
+def _untouched(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """torch.empty_like; in huge pages, on a CPU whose kernel has them, where it is large.
+
+    They are numpy's, which asks for them: the first touch of P3's gradient in small ones took a
+    twelfth of the loss's time.
+    """
+    made = torch.empty_like(like, dtype=dtype, device="meta")
+    # Of tensors without values there is a subclass.
+    if not (type(like) is Tensor and like.device.type == "cpu" and made.nbytes >= _HUGE):
+        return torch.empty_like(like, dtype=dtype)
+    values = torch.from_numpy(np.empty(made.numel(), torch.finfo(dtype).dtype))
+    return values.as_strided(made.shape, made.stride())
+
+
 def _fused_pcka(
     gradient: bool,
     student: Tensor,
@@ -408,6 +427,7 @@ def _fused_pcka(
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss, and its gradient with respect to the student in at least fp32."""
+    small_steps = in_caches(student.device)
     order, n_group, n_sample = _PERMUTATIONS[layout]
     groups, n, p = patch_counts(student.shape, patch_size, layout)
     raised = _raised(student.shape, patch_size)
@@ -419,11 +439,10 @@ def _fused_pcka(
         n, p = p, n
         samples, features = features, samples
         intra_weight, inter_weight = inter_weight, intra_weight
-    if resized:
-        # A CKA knows no order of samples or features. This is as near as can be to that of what a
-        # resize returns, so that both are copied in longer runs.
-        samples = tuple(sorted(samples, key=(3, 0, 1, 4, 2, 5).index))
-        features = tuple(sorted(features, key=(3, 0, 1, 2, 4, 5).index))
+    if small_steps and resized:
+        # A CKA knows no order of samples; a resize writes a column of patches at once.
+        samples = tuple(sorted(samples, key=(4).__ne__))
+    in_memory = samples + order[:n_group] + features
     order = order[:n_group] + samples + features
     inverse = tuple(order.index(i) for i in range(len(order)))
     # Groups are cut off along the channels or the images; positions in a patch cannot be.
@@ -433,7 +452,6 @@ def _fused_pcka(
     like = torch.empty(0, dtype=dtype, device=student.device)
 
     size = student.numel() * like.element_size()
-    small_steps = in_caches(student.device)
     if small_steps:
         budget = min(_CACHE * torch.get_num_threads(), max(size, _LEAST))
     else:
@@ -441,8 +459,8 @@ def _fused_pcka(
     relations = {"intra": bool(intra_weight), "inter": bool(inter_weight)}
     values = FusedCKA.values(n, p, **relations, center=center, form=form)
     if resized and small_steps:
-        # Its stages.
-        values += 3 * student.shape[0] * student.shape[1] * raised[0] * raised[1] // groups
+        # The rows that it makes and those that it takes back.
+        values += 2 * student.shape[0] * student.shape[1] * raised[0] * raised[1] // groups
     step = groups if axis is None else max(1, min(groups, budget // (values * like.element_size())))
     # As even as can be: a last one of another size has memory and views of its own.
     step = -(-groups // -(-groups // step))
@@ -460,7 +478,7 @@ def _fused_pcka(
         # Made when it is first written to: by then a GPU has freed the patches.
         nonlocal grad
         if grad is None:
-            grad = torch.empty_like(student, dtype=dtype)
+            grad = _untouched(student, dtype)
         return grad
 
     loss: Any = None
@@ -470,10 +488,7 @@ def _fused_pcka(
         parts = [cut_off(x) for x in (student, teacher)]
         # In caches all steps work in the same memory; otherwise it is free as soon as it can be.
         if count < step:
-            cka = resize = by_x = None
-        if resized and resize is None:
-            kind = BandedResize if small_steps else Resize
-            resize = kind(parts[0].shape, raised, like)
+            cka = resize = None
         if cka is None:
             cka = FusedCKA(
                 count,
@@ -484,31 +499,37 @@ def _fused_pcka(
                 **relations,
                 center=center,
                 form=form,
-                halves=small_steps,
+                in_caches=small_steps,
             )
+        if resized and resize is None:
+            settings = (parts[0].shape, raised, patch_size, like)
+            resize = BandedResize(*settings, in_memory) if small_steps else Resize(*settings)
+        sizes = [_cell_sizes(parts[0].shape, patch_size)[i] for i in order]
         for side, x in zip(cka.sides, parts):
-            by_group = _cut(resize(x) if resize else x, patch_size).permute(order)
-            shape = by_group.shape
-            side.view(shape).copy_(by_group)
-        del side, by_group
+            cells = side.view(sizes).permute(inverse)
+            if resize:
+                resize(x, cells)
+            else:
+                cells.copy_(cut(x, patch_size))
+        del side, cells
         part = cka(
             wanted if weights is None else [w * weights[start : start + count] for w in wanted]
         )
         loss = part if loss is None else loss + part
-        by_x = cka.grad
+        if cka.grad is None:
+            continue
+        cells = cka.grad.view(sizes).permute(inverse)
         if not small_steps:
             cka = None
-        if by_x is None:
-            continue
-        maps = resize.maps() if resize else cut_off(whole())
-        _cut(maps, patch_size).copy_(by_x.view(shape).permute(inverse))
-        if not small_steps:
-            by_x = None
         if resize:
+            maps = resize.joined(cells)
+            del cells
             maps = resize.gradient(maps)
             cut_off(whole()).copy_(maps)
-        if not small_steps:
             del maps
+        else:
+            cut(cut_off(whole()), patch_size).copy_(cells)
+            del cells
     return loss, grad
 
 

@@ -36,13 +36,12 @@ __all__ = [
     "BandedResize",
     "FusedCKA",
     "Resize",
+    "cut",
     "dissimilarity",
 ]
 
 #: what a loss makes of a CKA
 FORMS = ("cka", "sqrt", "log", "signed")
-# (outputs, the inputs that they are made of, weights (outputs, inputs)) of each
-Bands = tuple[tuple[slice, slice, Tensor], ...]
 
 # Below it the steep forms go on as straight lines, so that no slope is infinite.
 _FLOOR = 1e-4
@@ -71,40 +70,18 @@ def _slope(cka: Tensor, form: str) -> Tensor | float:
     return 0.5 / safe.sqrt() if form == "sqrt" else 1 / safe
 
 
-def _matrix(size: int, to: int, backward: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(outputs, inputs) of a bilinear resize of one side or its gradient, see :func:`_bands`."""
+def _matrix(size: int, to: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(to, size) of a bilinear resize of one side."""
     eye = torch.eye(size, dtype=dtype, device=device)[None, None]
-    matrix = F.interpolate(eye, size=(to, size), mode="bilinear", align_corners=False)[0, 0]
-    return matrix.mT if backward else matrix
+    return F.interpolate(eye, size=(to, size), mode="bilinear", align_corners=False)[0, 0]
 
 
-@functools.lru_cache(maxsize=1024)
-def _bands(
-    size: int, to: int, width: int | None, backward: bool, dtype: torch.dtype, device: torch.device
-) -> Bands:
-    """A bilinear resize of one side, or its gradient's, in bands; none if its size stays.
+_kept_matrix = functools.lru_cache(maxsize=256)(_matrix)
 
-    Args:
-        size: of what is resized.
-        to: its new size.
-        width: outputs of a band, at most; None for a single band of all.
-        backward: of the gradient, whose outputs are the resize's inputs.
-        dtype: of the weights.
-        device: likewise.
-    """
-    if size == to:
-        return ()
-    matrix = _matrix(size, to, backward, dtype, device)
-    if width is None:
-        # Nothing is asked of the matrix, for which a device would have to be waited for.
-        return ((slice(None), slice(None), matrix),)
-    bands = []
-    for start in range(0, len(matrix), width):
-        outputs = slice(start, min(start + width, len(matrix)))
-        used = matrix[outputs].any(0).nonzero()
-        inputs = slice(int(used.min()), int(used.max()) + 1)
-        bands.append((outputs, inputs, matrix[outputs, inputs].contiguous()))
-    return tuple(bands)
+
+def cut(x: Tensor, patch_size: int) -> Tensor:
+    """View x (B, C, H, W), of whole patches, as cells (B, C, U, p, V, p)."""
+    return x.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
 
 
 class Resize:
@@ -112,74 +89,107 @@ class Resize:
 
     Args:
         shape: (B, C, H, W) of what is resized.
-        to: its new sides.
+        to: its new sides, multiples of the patch's.
+        patch_size: p, side of a patch.
         like: a tensor of the type and on the device to work in.
     """
 
-    def __init__(self, shape: torch.Size, to: tuple[int, int], like: Tensor) -> None:
-        self.shape, self.to, self.like = shape, to, like
+    def __init__(
+        self, shape: torch.Size, to: tuple[int, int], patch_size: int, like: Tensor
+    ) -> None:
+        self.shape, self.to, self.patch_size, self.like = shape, to, patch_size, like
 
-    def bands(self, side: int, width: int | None, backward: bool) -> Bands:
-        """Those of the height (0) or the width (1), see :func:`_bands`."""
-        # What is made of tensors without values, as tools do that look at shapes, is not kept.
-        make = _bands if type(self.like) is Tensor else _bands.__wrapped__
-        size, to = self.shape[2 + side], self.to[side]
-        return make(size, to, width, backward, self.like.dtype, self.like.device)
+    def __call__(self, x: Tensor, cells: Tensor) -> None:
+        """Write the resized maps of x into cells (B, C, U, p, V, p)."""
+        x = F.interpolate(x.to(self.like.dtype), size=self.to, mode="bilinear", align_corners=False)
+        cells.copy_(cut(x, self.patch_size))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The resized maps (B, C, H', W') of x."""
-        x = x.to(self.like.dtype)
-        return F.interpolate(x, size=self.to, mode="bilinear", align_corners=False)
-
-    def maps(self) -> Tensor:
-        """Room for the gradient of the resized maps (B, C, H', W')."""
-        return self.like.new_empty(*self.shape[:2], *self.to)
+    def joined(self, cells: Tensor) -> Tensor:
+        """What :meth:`gradient` needs of cells, which are of no more use then."""
+        maps = self.like.new_empty(*self.shape[:2], *self.to)
+        cut(maps, self.patch_size).copy_(cells)
+        return maps
 
     def gradient(self, maps: Tensor) -> Tensor:
-        """The gradient (B, C, H, W) of x, of that which was written into :meth:`maps`."""
+        """The gradient (B, C, H, W) of x, of that of the cells, :meth:`joined`."""
         # A product for each side: what torch has for it adds up in another order in every run.
-        for _, _, m in self.bands(0, None, backward=True):
-            maps = m @ maps
-        for _, _, m in self.bands(1, None, backward=True):
-            maps = maps @ m.mT
-        return maps
+        # What is made of tensors without values, as tools do that look at shapes, is not kept.
+        make = _kept_matrix if type(self.like) is Tensor else _matrix
+        rows, columns = (
+            None if size == to else make(size, to, self.like.dtype, self.like.device)
+            for size, to in zip(self.shape[2:], self.to)
+        )
+        if rows is not None:
+            maps = rows.mT @ maps
+        return maps if columns is None else maps @ columns
 
 
 class BandedResize(Resize):
     """The same in a core's caches, where values are moved as seldom as can be.
 
-    A resize is linear and separable. Columns are products with a band matrix. Each row of the
-    outcome is a sum of two, an embedding bag, that takes them from wherever they are. What a method
-    returns holds until another is called, and :meth:`gradient` is of what :meth:`maps` last gave.
+    A resize is linear and separable. Each row of the outcome is a sum of two, an embedding bag,
+    that takes them from wherever they are, into the order of the cells. Of these rows each column
+    of patches is a product of a window with a band matrix; so are a few columns of the gradient.
+
+    Args:
+        order: of the axes of cells in memory, the slowest first. Those from V to the last p are
+            written as they are made; others are copied once more.
     """
 
-    def __init__(self, shape: torch.Size, to: tuple[int, int], like: Tensor) -> None:
-        super().__init__(shape, to, like)
-        b, c, h, w = shape
-        # Narrow bands have few zeros, and each is a call.
-        forward, self._backward = (self.bands(1, 16, x) for x in (False, True))
-        self._forward: list[tuple[Tensor, Tensor, Tensor]] = []
-        if forward:
-            # A row of all images in a run, so that patches are cut in long ones.
-            self._small, self._maps = (like.new_empty(c, h, b, x) for x in (w, to[1]))
-            self._table = self._maps.flatten(0, 2)
-            small = self._small.flatten(0, 2)
-            self._forward = [(small[:, i], m.mT, self._table[:, o]) for o, i, m in forward]
+    def __init__(
+        self,
+        shape: torch.Size,
+        to: tuple[int, int],
+        patch_size: int,
+        like: Tensor,
+        order: Sequence[int],
+    ) -> None:
+        super().__init__(shape, to, patch_size, like)
+        self._order = tuple(axis for axis in order if axis < 4)
+        b, c, _, width = shape
+        sizes = (b, c, to[0] // patch_size, patch_size)
+        self._sizes = tuple(sizes[axis] for axis in self._order)
+        self._count = math.prod(sizes)
+        self._maps = self._small = like.new_empty(self._count, to[1])
+        self._columns: Windows = ()
+        self._products: list[tuple[Tensor, Tensor, Tensor]] = []
+        if width != to[1]:
+            self._columns = _windows(width, to[1], patch_size, False, like.dtype)
+            # Whole windows, of which the last may reach beyond the map.
+            self._small = like.new_empty(self._count, -(-width // _WINDOW) * _WINDOW)
+            for some, first, step, weights in _windows(width, to[1], _WINDOW, True, like.dtype):
+                count, inputs, _ = weights.shape
+                windows = self._view(self._maps, count, inputs, first, step)
+                out = self._view(self._small, count, _WINDOW, some.start * _WINDOW, _WINDOW)
+                self._products.append((windows, weights, out))
 
-    def _sum_rows(self, table: Tensor, strides: tuple[int, int, int], backward: bool) -> Tensor:
+    def _view(self, rows: Tensor, count: int, width: int, first: int, step: int) -> Tensor:
+        """So many windows (.., rows, width) of rows (.., W)."""
+        return rows.as_strided(
+            (count, self._count, width), (step, rows.shape[1], 1), storage_offset=first
+        )
+
+    def _sum_rows(self, table: Tensor, strides: Sequence[int], backward: bool) -> Tensor:
         """Resize the height, or make the gradient of that.
 
         Args:
             table: (rows, W).
-            strides: in rows of it, of images, channels and the rows of a map.
-            backward: see :func:`_bands`.
+            strides: in rows of it, of images, channels, patches and the rows of a patch.
+            backward: whether to make the gradient.
 
         Returns:
-            (C, H', B, W), or of the gradient (C, H, B, W).
+            The rows of the cells, in order, or of (B, C, H): (.., W).
         """
         b, c, h, _ = self.shape
-        index, offsets, weights = _bags(h, self.to[0], backward, self.like.dtype, (b, c), strides)
-        sums = F.embedding_bag(
+        index, offsets, weights = _bags(
+            h,
+            self.to[0],
+            self.like.dtype,
+            (b, c, self.patch_size),
+            tuple(strides),
+            None if backward else self._order,
+        )
+        return F.embedding_bag(
             index,
             table,
             offsets,
@@ -187,42 +197,91 @@ class BandedResize(Resize):
             per_sample_weights=weights,
             include_last_offset=True,
         )
-        return sums.view(c, -1, b, table.shape[1])
 
-    def __call__(self, x: Tensor) -> Tensor:
-        b, _, h, width = self.shape
-        if self._forward:
-            self._small.copy_(x.permute(1, 2, 0, 3))
-            for rows, m, out in self._forward:
-                torch.mm(rows, m, out=out)
-            if h == self.to[0]:
-                return self.maps()
-            table, strides = self._table, (1, h * b, b)
-        else:
-            x = x.detach().to(self.like.dtype)
-            if x.stride(3) != 1 or any(stride % width for stride in x.stride()[:3]):
-                x = x.contiguous()
-            image, channel, row = (stride // width for stride in x.stride()[:3])
-            strides = (image, channel, row)
-            count = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides))
-            table = x.as_strided((count, width), (width, 1))
-        self._maps = self._sum_rows(table, strides, backward=False)
-        return self.maps()
+    def __call__(self, x: Tensor, cells: Tensor) -> None:
+        width, p = self.shape[3], self.patch_size
+        x = x.detach().to(self.like.dtype)
+        if x.stride(3) != 1 or any(stride % width for stride in x.stride()[:3]):
+            x = x.contiguous()
+        image, channel, row = (stride // width for stride in x.stride()[:3])
+        count = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, (image, channel, row)))
+        table = x.as_strided((count, width), (width, 1))
+        rows = self._sum_rows(table, (image, channel, row * p, row), backward=False)
+        columns = cells.permute(4, *self._order, 5)
+        if not self._columns:
+            columns.copy_(rows.view(*self._sizes, -1, p).movedim(4, 0))
+            return
+        made = columns
+        if not columns.is_contiguous():
+            made = torch.empty_like(columns, memory_format=torch.contiguous_format)
+        out = made.flatten(1, 4)
+        for some, first, step, weights in self._columns:
+            windows = self._view(rows, len(weights), weights.shape[1], first, step)
+            torch.bmm(windows, weights, out=out[some])
+        if made is not columns:
+            columns.copy_(made)
 
-    def maps(self) -> Tensor:
-        return self._maps.permute(2, 0, 1, 3)
+    def joined(self, cells: Tensor) -> Tensor:
+        columns = cells.permute(4, *self._order, 5)
+        self._maps.view(*self._sizes, -1, self.patch_size).movedim(4, 0).copy_(columns)
+        for windows, weights, out in self._products:
+            torch.bmm(windows, weights, out=out)
+        return self._small
 
     def gradient(self, maps: Tensor) -> Tensor:
-        b, _, h, _ = self.shape
-        small = self._maps
-        if h != self.to[0]:
-            small = self._sum_rows(small.flatten(0, 2), (1, self.to[0] * b, b), backward=True)
-        if self._backward:
-            wide, small = small.flatten(0, 2), self._small
-            made = small.flatten(0, 2)
-            for outputs, inputs, m in self._backward:
-                torch.mm(wide[:, inputs], m.mT, out=made[:, outputs])
-        return small.permute(2, 0, 1, 3)
+        steps = [math.prod(self._sizes[i + 1 :]) for i in range(4)]
+        strides = [steps[self._order.index(axis)] for axis in range(4)]
+        rows = self._sum_rows(maps, strides, backward=True)
+        return rows.view(*self.shape[:3], -1)[..., : self.shape[3]]
+
+
+# Columns of the gradient that are made at once: as many as a product is fast with.
+_WINDOW = 16
+# Of which windows, the first's first input, from one's to the next one's, and the weights
+# (.., inputs, outputs) of each.
+Windows = tuple[tuple[slice, int, int, Tensor], ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def _windows(size: int, to: int, width: int, backward: bool, dtype: torch.dtype) -> Windows:
+    """A bilinear resize of one side, or its gradient, in few batches of products of windows.
+
+    The windows of a batch are of one size, and as far apart as one another. Weights of outputs that
+    a last window has too many of are 0.
+
+    Args:
+        size: of what is resized.
+        to: its new size.
+        width: outputs of a window.
+        backward: of the gradient.
+        dtype: of the weights.
+    """
+    matrix = _matrix(size, to, dtype, torch.device("cpu"))
+    if backward:
+        matrix = matrix.mT
+    outputs, inputs = matrix.shape
+    matrix = F.pad(matrix, (0, 0, 0, -outputs % width)).unflatten(0, (-1, width))
+    used = matrix.any(1).int()
+    starts, ends = used.argmax(1).tolist(), (inputs - used.flip(1).argmax(1)).tolist()
+    step = max(1, round(inputs * width / outputs))
+    made = []
+    begin = 0
+    while begin < len(starts):
+        # A batch goes on until its windows, that drift, would have to be much larger than the
+        # largest of them, or leave the map.
+        first, last, count = starts[begin], ends[begin], 1
+        for i in range(1, len(starts) - begin):
+            low = min(first, starts[begin + i] - i * step)
+            high = max(last, ends[begin + i] - i * step)
+            if low < 0 or high + i * step > inputs or high - low > step + 3:
+                break
+            first, last, count = low, high, i + 1
+        weights = torch.stack(
+            [matrix[begin + i, :, first + i * step : last + i * step].mT for i in range(count)]
+        )
+        made.append((slice(begin, begin + count), first, step, weights))
+        begin += count
+    return tuple(made)
 
 
 # A batch of one size has some twenty; of all channels at once each may take megabytes.
@@ -230,32 +289,38 @@ class BandedResize(Resize):
 def _bags(
     size: int,
     to: int,
-    backward: bool,
     dtype: torch.dtype,
-    count: tuple[int, int],
-    strides: tuple[int, int, int],
+    count: tuple[int, int, int],
+    strides: tuple[int, ...],
+    order: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which rows make each of (C, outputs, B), where they begin among them, and their weights.
+    """Which rows of a table make each of the outcome, where these begin, and their weights.
 
     Args:
-        size: of what is resized.
+        size: H, of what is resized.
         to: its new size.
-        backward: of the gradient, see :func:`_bands`.
         dtype: of the weights.
-        count: B and C.
-        strides: of images, channels and rows.
+        count: B, C and p.
+        strides: in rows of the table, of images, channels, patches and the rows of a patch.
+        order: of (B, C, U, p) in the outcome. None for the gradient, whose outcome is (B, C, H).
     """
-    matrix = _matrix(size, to, backward, dtype, torch.device("cpu"))
+    matrix = _matrix(size, to, dtype, torch.device("cpu"))
+    if order is None:
+        matrix = matrix.mT
     used = matrix != 0
     most = int(used.sum(1).max())
     # Those that are used come first; one that is not has the weight 0.
     inputs = used.sort(dim=1, descending=True, stable=True).indices[:, :most]
     weights = matrix.gather(1, inputs)
-    image, channel = (stride * torch.arange(n) for n, stride in zip(count, strides))
-    index = channel[:, None, None, None] + image[:, None] + strides[2] * inputs[:, None]
-    weights = weights[:, None].expand(index.shape).flatten()
+    b, c, p = count
+    image, channel, patch, row = strides
+    index = image * torch.arange(b)[:, None, None, None] + channel * torch.arange(c)[:, None, None]
+    index = index + inputs // p * patch + inputs % p * row
+    weights = weights.expand(index.shape)
+    if order is not None:
+        index, weights = (x.unflatten(2, (-1, p)).permute(*order, 4) for x in (index, weights))
     offsets = torch.arange(0, index.numel() + 1, most, dtype=torch.int32)
-    return index.flatten().int(), offsets, weights
+    return index.flatten().int(), offsets, weights.flatten()
 
 
 def _dead(square: Tensor, means: Sequence[tuple[Tensor, int]]) -> Tensor:
@@ -385,8 +450,9 @@ class FusedCKA:
         inter: whether the other is; one of them has to be.
         center: centre over N for intra, over P for inter.
         form: what to make of a CKA, one of :data:`FORMS`.
-        halves: of large Grams, which are symmetric, one half is made, and copied: less work, in
-            more operations.
+        in_caches: the sides are (2, N, G, P) in memory, so that one sample of all G is written at
+            once; and of large Grams, which are symmetric, one half is made, and copied: less work,
+            in more operations.
 
     Attributes:
         sides: (2, G, N, P), X and Y, to be written before each call, which **overwrites** them.
@@ -405,12 +471,16 @@ class FusedCKA:
         inter: bool,
         center: bool,
         form: str = "cka",
-        halves: bool = False,
+        in_caches: bool = False,
     ) -> None:
         self.intra, self.inter, self.center, self.form = intra, inter, center, form
-        self.gradient, self.halves = gradient, halves
+        self.gradient, self.in_caches = gradient, in_caches
         self.grad: Tensor | None = None
-        self._z = like.new_zeros(groups, _rows_of(n, _apart(intra, inter, center, form)), p)
+        rows = _rows_of(n, _apart(intra, inter, center, form))
+        if in_caches:
+            self._z = like.new_zeros(rows, groups, p).transpose(0, 1)
+        else:
+            self._z = like.new_zeros(groups, rows, p)
         self.sides = self._z[:, : 2 * _padded(n)].unflatten(1, (2, -1))[:, :, :n].transpose(0, 1)
         self._prepared = False
 
@@ -434,7 +504,7 @@ class FusedCKA:
                 self._lost.append((mean.flatten(2), count))
         x, y = z[:, :end], z[:, end : 2 * end]
         products = z.new_empty(2 + inter, groups, end, end)
-        bands = -(-n // _BAND) if self.halves else 1
+        bands = -(-n // _BAND) if self.in_caches else 1
         height = _padded(-(-end // bands))
         room = z.new_empty(groups * height * end if bands > 1 else 0)
         self._products = [
