@@ -464,6 +464,9 @@ def _fused_pcka(
     step = groups if axis is None else max(1, min(groups, budget // (values * like.element_size())))
     # As even as can be: a last one of another size has memory and views of its own.
     step = -(-groups // -(-groups // step))
+    if small_steps and n > 8:
+        # Samples that lie a multiple of a page apart share the eight places of a few cache sets.
+        step |= 1
 
     wanted = [weight / groups for weight in (intra_weight, inter_weight) if weight]
     if weights is not None:
