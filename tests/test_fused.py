@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pcka_distill import functional
 from pcka_distill.functional import CHANNEL_LAYOUTS, FORMS, LAYOUTS, patch_counts, pcka_loss
-from pcka_distill.fused import BandedResize
+from pcka_distill.fused import BandedResize, _bags, _windows
 
 ATEN = torch.ops.aten
 WEIGHTS = [(1.0, 0.0), (0.0, 2.0), (3.0, 2.0)]
@@ -165,6 +165,8 @@ def test_however_maps_lie_in_memory(student, teacher, sides, huge, monkeypatch):
     gradient = torch.autograd.grad(result, x)[0]
     torch.testing.assert_close(gradient, expected.grad)
     assert gradient.stride() == torch.empty_like(x).stride()
+    # numpy's is of a size of its own.
+    assert gradient.untyped_storage().resizable() == bool(huge)
 
 
 # One row, both sides, one that stays; windows that drift apart, of few columns, and of too many.
@@ -188,6 +190,14 @@ def test_a_resize_in_caches_is_that_of_torch(patch, sides, order):
     cells.copy_(rand(*sizes, seed=1, dtype=torch.float64))
     gradient = torch.autograd.grad(expected, x, cells.reshape(expected.shape))[0]
     torch.testing.assert_close(resize.gradient(resize.joined(cells)), gradient)
+
+
+@pytest.mark.parametrize(
+    ("size", "to", "width", "most"),
+    [(168, 176, 16, 1), (84, 96, 16, 3), (167, 168, 2, 3), (1585, 1600, 16, 8)],
+)
+def test_columns_are_resized_in_few_batches(size, to, width, most):
+    assert len(_windows(size, to, width, False, torch.float32)) <= most
 
 
 def test_a_retained_graph_can_be_gone_through_again():
@@ -333,6 +343,8 @@ def test_a_run_with_fake_tensors_leaves_nothing_behind(caches, side, monkeypatch
     x, y = rand(2, 3, side, side), rand(2, 3, side, side, seed=1)
     x.requires_grad_()
     resized = side % options["patch_size"]
+    for kept in (_windows, _bags):
+        kept.cache_clear()
     with fake.FakeTensorMode() as mode, refused if caches and resized else nullcontext():
         pcka_loss(mode.from_tensor(x), mode.from_tensor(y), **options)
     loss = pcka_loss(x, y, **options)

@@ -128,12 +128,13 @@ class BandedResize(Resize):
     """The same in a core's caches, where values are moved as seldom as can be.
 
     A resize is linear and separable. Each row of the outcome is a sum of two, an embedding bag,
-    that takes them from wherever they are, into the order of the cells. Of these rows each column
-    of patches is a product of a window with a band matrix; so are a few columns of the gradient.
+    that takes them from wherever they are, into the order of the cells. Of these rows some columns,
+    such as those of a column of patches, are products of windows with band matrices. So is the
+    gradient.
 
     Args:
-        order: of the axes of cells in memory, the slowest first. Those from V to the last p are
-            written as they are made; others are copied once more.
+        order: of the axes of the cells in memory, the slowest first. Where that is V, and the last
+            one p, products write into cells themselves; otherwise they are copied once more.
     """
 
     def __init__(
@@ -150,24 +151,36 @@ class BandedResize(Resize):
         sizes = (b, c, to[0] // patch_size, patch_size)
         self._sizes = tuple(sizes[axis] for axis in self._order)
         self._count = math.prod(sizes)
-        self._maps = self._small = like.new_empty(self._count, to[1])
-        self._columns: Windows = ()
-        self._products: list[tuple[Tensor, Tensor, Tensor]] = []
-        if width != to[1]:
-            self._columns = _windows(width, to[1], patch_size, False, like.dtype)
-            # Whole windows, of which the last may reach beyond the map.
-            self._small = like.new_empty(self._count, -(-width // _WINDOW) * _WINDOW)
-            for some, first, step, weights in _windows(width, to[1], _WINDOW, True, like.dtype):
-                count, inputs, _ = weights.shape
-                windows = self._view(self._maps, count, inputs, first, step)
-                out = self._view(self._small, count, _WINDOW, some.start * _WINDOW, _WINDOW)
-                self._products.append((windows, weights, out))
+        # Both sides of the products that resize columns; the last window may reach beyond either.
+        self._resized = width != to[1]
+        self._small, self._maps = (
+            like.new_empty(self._count, -(-side // _WINDOW) * _WINDOW if self._resized else side)
+            for side in (width, to[1])
+        )
+        # Products with a few columns are slow.
+        self._by_patch: Windows = ()
+        if self._resized and patch_size >= _WINDOW // 2:
+            self._by_patch = _windows(width, to[1], patch_size, False, like.dtype)
 
     def _view(self, rows: Tensor, count: int, width: int, first: int, step: int) -> Tensor:
         """So many windows (.., rows, width) of rows (.., W)."""
         return rows.as_strided(
             (count, self._count, width), (step, rows.shape[1], 1), storage_offset=first
         )
+
+    def _resize_columns(self, rows: Tensor, out: Tensor, backward: bool) -> None:
+        """Write what becomes of rows (.., W) into out (.., W')."""
+        width, to, dtype = self.shape[3], self.to[1], self.like.dtype
+        for some, first, step, weights in _windows(width, to, _WINDOW, backward, dtype):
+            count, inputs, _ = weights.shape
+            windows = self._view(rows, count, inputs, first, step)
+            made = self._view(out, count, _WINDOW, some.start * _WINDOW, _WINDOW)
+            torch.bmm(windows, weights, out=made)
+
+    def _by_column(self, rows: Tensor) -> Tensor:
+        """Rows (.., W') as cells (V, .., p), B, C, U and p in order."""
+        cells = rows[:, : self.to[1]].unflatten(1, (-1, self.patch_size))
+        return cells.unflatten(0, self._sizes).movedim(4, 0)
 
     def _sum_rows(self, table: Tensor, strides: Sequence[int], backward: bool) -> Tensor:
         """Resize the height, or make the gradient of that.
@@ -208,24 +221,22 @@ class BandedResize(Resize):
         table = x.as_strided((count, width), (width, 1))
         rows = self._sum_rows(table, (image, channel, row * p, row), backward=False)
         columns = cells.permute(4, *self._order, 5)
-        if not self._columns:
-            columns.copy_(rows.view(*self._sizes, -1, p).movedim(4, 0))
+        if self._by_patch and columns.is_contiguous():
+            out = columns.flatten(1, 4)
+            for some, first, step, weights in self._by_patch:
+                windows = self._view(rows, len(weights), weights.shape[1], first, step)
+                torch.bmm(windows, weights, out=out[some])
             return
-        made = columns
-        if not columns.is_contiguous():
-            made = torch.empty_like(columns, memory_format=torch.contiguous_format)
-        out = made.flatten(1, 4)
-        for some, first, step, weights in self._columns:
-            windows = self._view(rows, len(weights), weights.shape[1], first, step)
-            torch.bmm(windows, weights, out=out[some])
-        if made is not columns:
-            columns.copy_(made)
+        if self._resized:
+            self._resize_columns(rows, self._maps, backward=False)
+            rows = self._maps
+        columns.copy_(self._by_column(rows))
 
     def joined(self, cells: Tensor) -> Tensor:
-        columns = cells.permute(4, *self._order, 5)
-        self._maps.view(*self._sizes, -1, self.patch_size).movedim(4, 0).copy_(columns)
-        for windows, weights, out in self._products:
-            torch.bmm(windows, weights, out=out)
+        self._by_column(self._maps).copy_(cells.permute(4, *self._order, 5))
+        if not self._resized:
+            return self._maps
+        self._resize_columns(self._maps, self._small, backward=True)
         return self._small
 
     def gradient(self, maps: Tensor) -> Tensor:
@@ -235,10 +246,10 @@ class BandedResize(Resize):
         return rows.view(*self.shape[:3], -1)[..., : self.shape[3]]
 
 
-# Columns of the gradient that are made at once: as many as a product is fast with.
+# Columns that a product makes: as many as it is fast with.
 _WINDOW = 16
-# Of which windows, the first's first input, from one's to the next one's, and the weights
-# (.., inputs, outputs) of each.
+# Batches of windows: which ones, the first input of the first, inputs from the start of one to that
+# of the next, and the weights (.., inputs, outputs) of each.
 Windows = tuple[tuple[slice, int, int, Tensor], ...]
 
 
@@ -267,8 +278,8 @@ def _windows(size: int, to: int, width: int, backward: bool, dtype: torch.dtype)
     made = []
     begin = 0
     while begin < len(starts):
-        # A batch goes on until its windows, that drift, would have to be much larger than the
-        # largest of them, or leave the map.
+        # Windows drift. A batch goes on as long as one size holds them that is hardly above the
+        # step, from which a window alone differs by up to two, and none leaves the map.
         first, last, count = starts[begin], ends[begin], 1
         for i in range(1, len(starts) - begin):
             low = min(first, starts[begin + i] - i * step)
@@ -450,9 +461,9 @@ class FusedCKA:
         inter: whether the other is; one of them has to be.
         center: centre over N for intra, over P for inter.
         form: what to make of a CKA, one of :data:`FORMS`.
-        in_caches: the sides are (2, N, G, P) in memory, so that one sample of all G is written at
-            once; and of large Grams, which are symmetric, one half is made, and copied: less work,
-            in more operations.
+        in_caches: the sides are (2, padded N, G, P) in memory, so that one sample of all G is
+            written at once; and of large Grams, which are symmetric, one half is made, and copied:
+            less work, in more operations.
 
     Attributes:
         sides: (2, G, N, P), X and Y, to be written before each call, which **overwrites** them.
