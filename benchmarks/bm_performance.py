@@ -609,7 +609,8 @@ A training step (forward and backward) of two shipped COCO configs at their real
 alone and the teacher's backbone alone, on images that are prepared already. The teacher comes first
 in a step, so that the memory that it needs for a while serves the student's activations afterwards.
 What is above 1 is the loss: on a CPU the work, of which the matrix products of P2 of Faster R-CNN,
-with both relations, are 19 billion multiplications an image; on the H200 its launches (see above),
+with both relations, are 19 billion multiplications an image (measured before resized maps were
+written as a CKA reads them, which takes a tenth less of P3); on the H200 its launches (see above),
 for which the student's own step has to wait, too, so that the rounds differ more. Peak memory is
 without the weights of either. The weights are random.
 """,
