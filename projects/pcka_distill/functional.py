@@ -352,8 +352,8 @@ def _cell_sizes(shape: Sequence[int], patch_size: int) -> tuple[int, ...]:
 
 def _raised(shape: Sequence[int], patch_size: int) -> tuple[int, int]:
     """The sides of a map (B, C, H, W) raised to the next multiples of the patch."""
-    height, width = (-(-side // patch_size) * patch_size for side in shape[-2:])
-    return height, width
+    _, _, u, _, v, _ = _cell_sizes(shape, patch_size)
+    return u * patch_size, v * patch_size
 
 
 def to_patches(x: Tensor, patch_size: int, layout: str) -> Tensor:

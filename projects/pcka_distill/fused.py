@@ -151,12 +151,16 @@ class BandedResize(Resize):
         sizes = (b, c, to[0] // patch_size, patch_size)
         self._sizes = tuple(sizes[axis] for axis in self._order)
         self._count = math.prod(sizes)
-        # Both sides of the products that resize columns; the last window may reach beyond either.
         self._resized = width != to[1]
-        self._small, self._maps = (
-            like.new_empty(self._count, -(-side // _WINDOW) * _WINDOW if self._resized else side)
-            for side in (width, to[1])
-        )
+        # The gradient of the rows, before and after their columns are resized; the last window of
+        # either may reach beyond it.
+        if self._resized:
+            self._maps, self._small = (
+                like.new_empty(self._count, -(-side // _WINDOW) * _WINDOW)
+                for side in (to[1], width)
+            )
+        else:
+            self._maps = self._small = like.new_empty(self._count, width)
         # Products with a few columns are slow.
         self._by_patch: Windows = ()
         if self._resized and patch_size >= _WINDOW // 2:
@@ -234,9 +238,8 @@ class BandedResize(Resize):
 
     def joined(self, cells: Tensor) -> Tensor:
         self._by_column(self._maps).copy_(cells.permute(4, *self._order, 5))
-        if not self._resized:
-            return self._maps
-        self._resize_columns(self._maps, self._small, backward=True)
+        if self._resized:
+            self._resize_columns(self._maps, self._small, backward=True)
         return self._small
 
     def gradient(self, maps: Tensor) -> Tensor:
