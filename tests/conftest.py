@@ -12,6 +12,11 @@ os.environ["PYTORCH_JIT"] = "0"
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Before Triton is imported: kernels of a GPU are run by its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, PolygonMasks

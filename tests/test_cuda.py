@@ -24,7 +24,7 @@ from helpers import (
     rand,
 )
 
-from pcka_distill import functional, get_distill_cfg
+from pcka_distill import functional, get_distill_cfg, kernels
 from pcka_distill.engine import main
 from pcka_distill.functional import FORMS, LAYOUTS, pcka_loss, rcka_loss
 from pcka_distill.inference import Predictor
@@ -66,7 +66,10 @@ def distance(a, b):
 @pytest.mark.parametrize("center", [True, False])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("shape", "patch"), [((2, 5, 9, 13), 4), ((2, 24, 50, 84), 16)])
-def test_pcka_is_that_of_the_cpu(layout, center, form, shape, patch, monkeypatch):
+@pytest.mark.parametrize("own_kernels", [True, False])
+def test_pcka_is_that_of_the_cpu(layout, center, form, shape, patch, own_kernels, monkeypatch):
+    assert kernels._run(torch.device(DEVICE, 0))
+    monkeypatch.setattr(kernels, "_run", lambda device: own_kernels)
     x = rand(*shape, dtype=torch.float64)
     y = 0.5 * x + rand(*shape, seed=1, dtype=torch.float64)
     options = {"layout": layout, "center": center, "form": form, "inter_weight": 2.0}
@@ -125,9 +128,18 @@ def test_the_loss_does_not_wait_for_the_device(options, inter_weight):
             torch.cuda.set_sync_debug_mode("default")
 
 
+def test_runs_of_pcka_repeat_bit_for_bit():
+    x, y = (rand(2, 64, 100, 168, seed=i).to(DEVICE) for i in range(2))
+    options = {"patch_size": 16, "inter_weight": 1.0}
+    one, other = (value_and_gradient(pcka_loss, x, y, **options) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+@pytest.mark.parametrize("own_kernels", [True, False])
 @pytest.mark.parametrize("options", [{}, {"inter_weight": 1.0}])
-def test_memory_of_the_loss(options):
+def test_memory_of_the_loss(options, own_kernels, monkeypatch):
     """P3 to P6 of an 800 x 1333 image together: at most 1.5 of both sides' features."""
+    monkeypatch.setattr(kernels, "_run", lambda device: own_kernels)
     sides = ((100, 168), (50, 84), (25, 42), (13, 21))
     pairs = [[torch.randn(2, 256, *side, device=DEVICE) for _ in range(2)] for side in sides]
 

@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pcka_distill import kernels
 from pcka_distill.fused import (
     FORMS,
     BandedResize,
@@ -458,17 +459,41 @@ def _fused_pcka(
     else:
         budget = max(2 * size, _DEVICE_BUDGET)
     relations = {"intra": bool(intra_weight), "inter": bool(inter_weight)}
-    values = FusedCKA.values(n, p, **relations, center=center, form=form)
+    own_kernels = layout in CHANNEL_LAYOUTS and kernels.fit(student, p, form)
+    if own_kernels:
+        values = kernels.values(n, p, **relations, center=center)
+    else:
+        values = FusedCKA.values(n, p, **relations, center=center, form=form)
     if resized and small_steps:
         # About: the rows that it makes, and those of the gradient before and after.
         values += 3 * student.shape[0] * student.shape[1] * raised[0] * raised[1] // groups
     step = groups if axis is None else max(1, min(groups, budget // (values * like.element_size())))
     # As even as can be: a last one of another size has memory and views of its own.
     step = -(-groups // -(-groups // step))
-    if small_steps and n > 8:
-        # But samples that lie a multiple of a large power of two apart share few of a cache's sets,
-        # of eight places each: products of 32 groups took 8 % longer than those of 33.
-        step = min(groups, step | 1)
+    if own_kernels:
+        return kernels.pcka(
+            student,
+            teacher,
+            step=step,
+            patch_size=patch_size,
+            samples=samples,
+            features=features,
+            weights=(intra_weight / groups, inter_weight / groups),
+            channels=weights,
+            center=center,
+            form=form,
+            gradient=gradient,
+        )
+    if small_steps:
+        # Threads share out the groups of a product: with 2 of them 5 take as long as 6.
+        threads = torch.get_num_threads()
+        if step > threads:
+            step = (step + threads // 2) // threads * threads
+        if threads == 1 and n > 8:
+            # Samples that lie a multiple of a large power of two apart share few of a cache's sets,
+            # of eight places each: products of 32 groups took 8 % longer than those of 33.
+            step |= 1
+        step = min(groups, step)
 
     wanted = [weight / groups for weight in (intra_weight, inter_weight) if weight]
     if weights is not None:

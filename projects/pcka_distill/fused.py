@@ -32,19 +32,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "FLOOR",
     "FORMS",
     "BandedResize",
     "FusedCKA",
     "Resize",
     "cut",
     "dissimilarity",
+    "padded",
 ]
 
 #: what a loss makes of a CKA
 FORMS = ("cka", "sqrt", "log", "signed")
 
 # Below it the steep forms go on as straight lines, so that no slope is infinite.
-_FLOOR = 1e-4
+FLOOR = 1e-4
 
 
 def dissimilarity(cka: Tensor, form: str) -> Tensor:
@@ -54,8 +56,8 @@ def dissimilarity(cka: Tensor, form: str) -> Tensor:
     """
     if form in ("cka", "signed"):
         return 1 - cka
-    safe = cka.clamp(min=_FLOOR)
-    below = (safe - cka) / _FLOOR
+    safe = cka.clamp(min=FLOOR)
+    below = (safe - cka) / FLOOR
     if form == "sqrt":
         root = safe.sqrt()
         return 1 - root + below * (root / 2)
@@ -66,7 +68,7 @@ def _slope(cka: Tensor, form: str) -> Tensor | float:
     """How fast that falls as the CKA grows."""
     if form == "cka":
         return 1.0
-    safe = cka.clamp(min=_FLOOR)
+    safe = cka.clamp(min=FLOOR)
     return 0.5 / safe.sqrt() if form == "sqrt" else 1 / safe
 
 
@@ -404,7 +406,7 @@ def _stacked(weight: Sequence[float | Tensor], like: Tensor) -> float | Tensor:
     return made
 
 
-def _padded(n: int) -> int:
+def padded(n: int) -> int:
     """How many rows to give N samples: products are quicker on multiples of 8."""
     return n if n < 16 else -(-n // 8) * 8
 
@@ -419,7 +421,7 @@ def _rows_of(n: int, apart: bool) -> int:
 
     One product with all of them makes the gradient.
     """
-    return 2 * _padded(n) + 3 * apart
+    return 2 * padded(n) + 3 * apart
 
 
 # Rows of a Gram that are made at a time, where only one half of it is.
@@ -495,7 +497,7 @@ class FusedCKA:
             self._z = like.new_zeros(rows, groups, p).transpose(0, 1)
         else:
             self._z = like.new_zeros(groups, rows, p)
-        self.sides = self._z[:, : 2 * _padded(n)].unflatten(1, (2, -1))[:, :, :n].transpose(0, 1)
+        self.sides = self._z[:, : 2 * padded(n)].unflatten(1, (2, -1))[:, :, :n].transpose(0, 1)
         self._prepared = False
 
     def _prepare(self) -> None:
@@ -507,7 +509,7 @@ class FusedCKA:
             self.grad = z.new_empty(groups, n, p)
         if self.form == "signed":
             return
-        end, apart = _padded(n), _apart(intra, inter, self.center, self.form)
+        end, apart = padded(n), _apart(intra, inter, self.center, self.form)
         # The means over an axis; the same as rows, and of how many values each is one.
         self._means: list[tuple[int, Tensor]] = []
         self._lost: list[tuple[Tensor, int]] = []
@@ -519,7 +521,7 @@ class FusedCKA:
         x, y = z[:, :end], z[:, end : 2 * end]
         products = z.new_empty(2 + inter, groups, end, end)
         bands = -(-n // _BAND) if self.in_caches else 1
-        height = _padded(-(-end // bands))
+        height = padded(-(-end // bands))
         room = z.new_empty(groups * height * end if bands > 1 else 0)
         self._products = [
             *_gram_products(x, products[0], height, room),
@@ -551,7 +553,7 @@ class FusedCKA:
     @staticmethod
     def values(n: int, p: int, *, intra: bool, inter: bool, center: bool, form: str) -> int:
         """How many values one of the G takes, about."""
-        end, apart = _padded(n), _apart(intra, inter, center, form)
+        end, apart = padded(n), _apart(intra, inter, center, form)
         return (_rows_of(n, apart) + n) * p + (11 if apart else 7) * end**2
 
     def __call__(self, weight: Sequence[float | Tensor]) -> Tensor:
