@@ -600,23 +600,21 @@ products* are the `torch.bmm` of the same shapes: three for intra alone, five fo
 are symmetric; ours makes one half of those, on a CPU, where they are large. Peak memory has the
 gradients of all four levels in it, as a training step has.
 
-On the H200 below that ratio is one of numbers of launches, each of which takes the processor beside
-it longer than the GPU needs for the work: three or five products against some 45 (intra) or 80
-(both; 75 since it was measured) operations of a step, of which a small level takes one and P3
-three. `tests/test_fused.py` holds their number.
+On a GPU what lies between the products is in kernels of our own, at most five a step. The H100
+below waits for the processor that launches them, but for P3: these maps are small for it.
 """,
     "step": """\
 ## The step
 
 A training step (forward and backward) of two shipped COCO configs at their real size, on images of
-800 x 1333 (one on a CPU, two on a GPU) and all cores: the distilled model against the student
-alone and the teacher's backbone alone, on images that are prepared already. The teacher comes first
-in a step, so that the memory that it needs for a while serves the student's activations afterwards.
-What is above 1 is the loss: on a CPU the work, of which the matrix products of P2 of Faster R-CNN,
-with both relations, are 19 billion multiplications an image (measured before resized maps were
-written as a CKA reads them, which takes a tenth less of P3); on the H200 its launches (see above),
-for which the student's own step has to wait, too, so that the rounds differ more. Peak memory is
-without the weights of either. The weights are random.
+800 x 1333 (one on a CPU, two or more on a GPU) and all cores: the distilled model against the
+student alone and the teacher's backbone alone, on images that are prepared already. The teacher
+comes first in a step, so that the memory that it needs for a while serves the student's activations
+afterwards.
+What is above 1 is the loss, most of it the matrix products of P2 of Faster R-CNN, with both
+relations: 19 billion multiplications an image on a CPU, 24 on a GPU, in fp32, or under AMP in TF32.
+With two images the H100 waits for the processor that launches its work, so that rounds differ more.
+Peak memory is without the weights of either. The weights are random.
 """,
     "teacher": """\
 ## The teacher
@@ -656,8 +654,8 @@ than the features of both sides (in the layouts `per_image` and
 `per_position`, which cannot be cut up so: of an image, or of all). From 2 images, 64 channels,
 64 x 64 cells and patches of 8, one size at a time is changed; the exponent is the slope of
 log cost over log size. *side* changes H and W together; *levels* adds maps of half the side, each
-a quarter of the cost at most, so their sum converges. On the H200 maps of these sizes cost their
-launches: the same until a level takes a step more, and as much for each level.
+a quarter of the cost at most, so their sum converges. On the H100 maps of these sizes cost their
+launches: the same whatever the size, and as much for each level.
 """,
 }
 

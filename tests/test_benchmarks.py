@@ -69,7 +69,7 @@ def test_peak_memory_counts_huge_pages(performance, monkeypatch):
     monkeypatch.setattr(functional, "_HUGE", 1 << 20)
     like = torch.empty(1 << 20)
     peak = performance.peak_bytes(
-        lambda: functional._untouched(like, torch.float32), torch.device("cpu")
+        lambda: functional._gradient_like(like, torch.float32), torch.device("cpu")
     )
     assert 4 << 20 <= peak < (4 << 20) + 4096
 

@@ -169,6 +169,30 @@ def test_however_maps_lie_in_memory(student, teacher, sides, huge, monkeypatch):
     assert gradient.untyped_storage().resizable() == bool(huge)
 
 
+def test_gradients_are_made_in_memory_of_those_that_are_gone(monkeypatch):
+    monkeypatch.setattr(functional, "_HUGE", 0)
+    monkeypatch.setattr(functional, "_gradients", kept := [])
+
+    def make(size=1000):
+        return functional._gradient_like(torch.empty(size), torch.float32)
+
+    one, other = make(), make()
+    places = {one.data_ptr(), other.data_ptr()}
+    assert len(places) == 2
+    # Whatever still reads it.
+    view = one.view(10, 100)[3:]
+    del one
+    assert make().data_ptr() not in places and len(kept) == 3
+    del view, other
+    again = [make(), make(900), make()]
+    assert places <= {x.data_ptr() for x in again} and len(kept) == 3
+    del again
+    # Other sizes have their own, and the old ones go.
+    for size in (400, 1200):
+        make(size)
+        assert [memory.size for memory, _ in kept] == [4 * size]
+
+
 # One row, both sides, one that stays; windows that drift apart, of few columns, and of too many.
 @pytest.mark.parametrize("patch", [2, 5, 16, 40])
 @pytest.mark.parametrize("sides", [(1, 1), (1, 33), (25, 42), (9, 80), (80, 3), (3, 1585)])

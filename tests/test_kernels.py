@@ -186,7 +186,7 @@ def test_a_gradient_goes_through_the_resize(patch, sides, interpreted):
 
 @compiler
 def test_what_torch_launches_beside_them(interpreted, monkeypatch):
-    """Three products a step, and the sum of the losses."""
+    """Three products a step, and the sum of the losses; to ask for a type is none."""
     from test_fused import Operations
 
     from pcka_distill import triton_kernels
@@ -205,17 +205,20 @@ def test_what_torch_launches_beside_them(interpreted, monkeypatch):
     launched.clear()
     with Operations() as seen:
         pcka_loss(x, y, **options)
-    assert seen.launches <= 4
+    assert seen.launches <= 4 + 1
     assert launched == ["sum_columns", "write_sides", "sum_grams", "write_factors", "spread"]
 
 
 def test_what_they_are_not_for(interpreted):
     x = rand(2, 4, 9, 8)
-    assert kernels.fit(x, 32, "cka")
-    assert not kernels.fit(x.double(), 32, "cka")
-    assert not kernels.fit(x, 32, "signed")
-    assert not kernels.fit(x, 1 << 14, "cka")
-    assert not kernels.fit(torch.nn.Parameter(x), 32, "cka")
+    assert kernels.fit(x, x, 32, "cka")
+    assert not kernels.fit(x.double(), x, 32, "cka")
+    assert not kernels.fit(x, x, 32, "signed")
+    assert not kernels.fit(x, x, 1 << 14, "cka")
+    assert not kernels.fit(torch.nn.Parameter(x), x, 32, "cka")
+    # Too far apart to be counted in 32 bits.
+    far = torch.empty_strided((2, 1, 1, 1), (1 << 31, 1, 1, 1), device="meta")
+    assert not kernels.fit(x, far, 32, "cka")
 
 
 def test_where_they_do_not_compile_torch_goes_on(monkeypatch, caplog):

@@ -28,7 +28,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -399,20 +401,36 @@ class _FusedPCKA(torch.autograd.Function):
 
 # numpy asks for huge pages from so many bytes on.
 _HUGE = 4 << 20
+# Memory of gradients, and who uses it, if that is still there.
+_gradients: list[tuple[np.ndarray[Any, Any], Callable[[], object]]] = []
+_one_at_a_time = threading.Lock()
 
 
-def _untouched(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """torch.empty_like; in huge pages, on a CPU whose kernel has them, where it is large.
+def _gradient_like(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """torch.empty_like; on a CPU, where it is large, in memory of a gradient that is gone.
 
-    They are numpy's, which asks for them: the first touch of P3's gradient in small ones took a
-    twelfth of the loss's time.
+    It would go back to the system, and to touch new memory for the first time takes a tenth of the
+    loss's time; in a virtual machine that gives it back to its host, a sixth. It is numpy's, which
+    asks for huge pages.
     """
     made = torch.empty_like(like, dtype=dtype, device="meta")
     # Tensors without values are of a subclass.
     if not (type(like) is Tensor and like.device.type == "cpu" and made.nbytes >= _HUGE):
         return torch.empty_like(like, dtype=dtype)
-    values = torch.from_numpy(np.empty(made.numel(), torch.finfo(dtype).dtype))
-    return values.as_strided(made.shape, made.stride())
+    with _one_at_a_time:
+        used = [x for x in _gradients if x[1]() is not None]
+        free = [memory for memory, user in _gradients if user() is None]
+        fit = [x for x in free if made.nbytes <= x.nbytes < 2 * made.nbytes]
+        memory = min(fit, key=len) if fit else np.empty(made.nbytes, np.uint8)
+        values = memory[: made.nbytes].view(torch.finfo(dtype).dtype)
+        # What nothing fits in is of other sizes than are asked for now.
+        others = [(x, _gone) for x in free if x is not memory] if fit else []
+        _gradients[:] = [*used, *others, (memory, weakref.ref(values))]
+    return torch.from_numpy(values).as_strided(made.shape, made.stride())
+
+
+def _gone() -> None:
+    """Of memory that nobody uses."""
 
 
 def _fused_pcka(
@@ -459,7 +477,7 @@ def _fused_pcka(
     else:
         budget = max(2 * size, _DEVICE_BUDGET)
     relations = {"intra": bool(intra_weight), "inter": bool(inter_weight)}
-    own_kernels = layout in CHANNEL_LAYOUTS and kernels.fit(student, p, form)
+    own_kernels = layout in CHANNEL_LAYOUTS and kernels.fit(student, teacher, p, form)
     if own_kernels:
         values = kernels.values(n, p, **relations, center=center)
     else:
@@ -508,7 +526,7 @@ def _fused_pcka(
         # Made when it is first written to: by then a GPU has freed the patches.
         nonlocal grad
         if grad is None:
-            grad = _untouched(student, dtype)
+            grad = _gradient_like(student, dtype)
         return grad
 
     loss: Any = None

@@ -218,14 +218,14 @@ class BandedResize(Resize):
         )
 
     def __call__(self, x: Tensor, cells: Tensor) -> None:
-        width, p = self.shape[3], self.patch_size
         x = x.detach().to(self.like.dtype)
-        if x.stride(3) != 1 or any(stride % width for stride in x.stride()[:3]):
-            x = x.contiguous()
-        image, channel, row = (stride // width for stride in x.stride()[:3])
-        count = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, (image, channel, row)))
-        table = x.as_strided((count, width), (width, 1))
-        rows = self._sum_rows(table, (image, channel, row * p, row), backward=False)
+        table = _as_table(x)
+        if table is None:
+            table = x.contiguous().view(-1, x.shape[3])
+            x = table.view(x.shape)
+        image, channel, row = (stride // table.shape[1] for stride in x.stride()[:3])
+        strides = (image, channel, row * self.patch_size, row)
+        rows = self._sum_rows(table, strides, backward=False)
         columns = cells.permute(4, *self._order, 5)
         if self._by_patch and columns.is_contiguous():
             out = columns.flatten(1, 4)
@@ -249,6 +249,19 @@ class BandedResize(Resize):
         strides = [steps[self._order.index(axis)] for axis in range(4)]
         rows = self._sum_rows(maps, strides, backward=True)
         return rows.view(*self.shape[:3], -1)[..., : self.shape[3]]
+
+
+def _as_table(x: Tensor) -> Tensor | None:
+    """A view (rows, W') of (B, C, H, W) in which its rows begin rows; None if there is none.
+
+    Of a map that was cut off W' may be more than W.
+    """
+    width = max(x.stride(2), x.shape[3])
+    if x.stride(3) != 1 or any(stride % width for stride in x.stride()[:3]):
+        return None
+    count = 1 + sum((n - 1) * stride // width for n, stride in zip(x.shape, x.stride()[:3]))
+    behind = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+    return x.as_strided((count, width), (width, 1)) if count * width <= behind else None
 
 
 # Columns that a product makes: as many as it is fast with.

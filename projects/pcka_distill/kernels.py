@@ -2,11 +2,14 @@
 
 :mod:`pcka_distill.fused` says what is computed, with torch's operations; its letters are used here.
 Those are some fifty to eighty launches a step, most of which move all of the maps or all of the
-Grams once more. Here a step is three kernels, around torch's products:
+Grams once more. Here a step is three kernels around torch's products, and two before them that add
+up what many programs share:
 
-    sides     resizes both maps, cuts them into patches, and centres them: X, Y, and what they lost
-    factors   makes of the Grams the losses, and what X and Y are multiplied with for the gradient
-    spread    puts the gradient of the patches back together, the resize's own with it
+    sum_columns, write_sides   resize both maps, cut them into patches and centre them: X, Y, and
+                               what they lost
+    sum_grams, write_factors   make the losses of the Grams, and what X and Y are multiplied with
+                               for the gradient
+    spread                     puts the gradient of the patches back together, through the resize
 
 They are Triton's, which comes with torch where there is CUDA. Sums are added up in one order
 always, so that runs repeat bit for bit.
@@ -43,7 +46,7 @@ logger = logging.getLogger(f"detectron2.{__name__}")
 # Values of a sample that a program can hold.
 _WIDEST = 8192
 # What a program works on at a time, and its warps: values of a side, rows and columns of Grams,
-# values of a map. Of the first two it has no more than a share of the samples.
+# values of a map. The first two have a chunk of the samples each.
 _TILE, _SIDE_WARPS = 2048, 8
 _DOWN, _ACROSS, _GRAM_WARPS = 16, 32, 4
 _BLOCK, _SPREAD_WARPS = 512, 4
@@ -54,8 +57,9 @@ _LEAST, _CHUNKS = 32, 8
 _EXTRA = 8
 
 
-def fit(student: Tensor, p: int, form: str) -> bool:
+def fit(student: Tensor, teacher: Tensor, p: int, form: str) -> bool:
     """Whether the kernels are for such maps (B, C, H, W), with P values in a sample, and run."""
+    maps = (student, teacher)
     return (
         # Tensors without values are of a subclass.
         type(student) is Tensor
@@ -63,7 +67,7 @@ def fit(student: Tensor, p: int, form: str) -> bool:
         and form != "signed"
         and p <= _WIDEST
         # Places in a map are counted in 32 bits.
-        and student.numel() < 1 << 30
+        and all(sum((n - 1) * y for n, y in zip(x.shape, x.stride())) < 1 << 31 for x in maps)
         and _run(student.device)
     )
 
