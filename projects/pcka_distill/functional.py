@@ -418,8 +418,10 @@ def _gradient_like(like: Tensor, dtype: torch.dtype) -> Tensor:
     if not (type(like) is Tensor and like.device.type == "cpu" and made.nbytes >= _HUGE):
         return torch.empty_like(like, dtype=dtype)
     with _one_at_a_time:
-        used = [x for x in _gradients if x[1]() is not None]
-        free = [memory for memory, user in _gradients if user() is None]
+        # Asked once: what is in use now may be gone a moment later.
+        asked = [(memory, user, user() is not None) for memory, user in _gradients]
+        used = [(memory, user) for memory, user, alive in asked if alive]
+        free = [memory for memory, _, alive in asked if not alive]
         fit = [x for x in free if made.nbytes <= x.nbytes < 2 * made.nbytes]
         memory = min(fit, key=len) if fit else np.empty(made.nbytes, np.uint8)
         values = memory[: made.nbytes].view(torch.finfo(dtype).dtype)
