@@ -601,7 +601,8 @@ are symmetric; ours makes one half of those, on a CPU, where they are large. Pea
 gradients of all four levels in it, as a training step has.
 
 On a GPU what lies between the products is in kernels of our own, at most five a step. The H100
-below waits for the processor that launches them, but for P3: these maps are small for it.
+below waits for the processor that launches them, but for P3: these maps are small for it. Its rows,
+and those of the step, are of the kernels before their last corrections (docs/reliability.md).
 """,
     "step": """\
 ## The step

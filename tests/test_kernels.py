@@ -92,8 +92,10 @@ def test_forms(form, near, interpreted):
 
 
 @compiler
-def test_weighted_channels(interpreted):
+@pytest.mark.parametrize("teacher", [torch.float32, torch.float64])
+def test_weighted_channels(teacher, interpreted):
     x, y = rand(2, 5, 9, 8), rand(2, 5, 9, 8, seed=1) * torch.arange(1, 6).view(1, 5, 1, 1)
+    y = y.to(teacher)
     options = {"patch_size": 4, "inter_weight": 1.0, "channel_weight": "variance"}
     same(value_and_gradient(x, y, **options), expected(x, y, **options))
 
@@ -130,6 +132,24 @@ def test_half_precision(student, teacher, interpreted):
     same((value, gradient), expected(x, y, **options), max(1e-5, torch.finfo(student).eps / 10))
 
 
+def to_tf32(x, up):
+    """11 bits of the significand, to the nearest or cut off."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + (0x1000 if up else 0)) & ~0x1FFF).view(torch.float32)
+
+
+@compiler
+@pytest.mark.parametrize("nearest", [True, False])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_products_in_tf32_are_compared_with_their_like(nearest, weights, interpreted, monkeypatch):
+    """The CKA of a map with itself is 1 then, too, also where means are most of it."""
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *x: bmm(*(to_tf32(y, nearest) for y in x)))
+    x = rand(1, 2, 12, 12) + 20 * rand(1, 2, 4, 4, seed=1).repeat(1, 1, 3, 3)
+    options = dict(zip(("intra_weight", "inter_weight"), weights), patch_size=4)
+    assert pcka_loss(x.half(), x.half(), **options).item() == pytest.approx(0, abs=2e-6)
+
+
 @compiler
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("side", [0, 1])
@@ -144,6 +164,18 @@ def test_what_does_not_vary(weights, side, interpreted):
     worst = (intra + inter) / 3
     torch.testing.assert_close(value.double(), rest + (0 if side else worst))
     assert (gradient[:, 0] == 0).all() and gradient[:, 1:].any()
+
+
+@compiler
+def test_rounding_errors_of_many_samples_are_no_variation(interpreted, monkeypatch):
+    """Added up one by one: their mean was 30 times further from this value than it could be."""
+    monkeypatch.setattr(kernels, "_TILE", 1)
+    monkeypatch.setattr(kernels, "_CHUNKS", 1)
+    for name in ("_DOWN", "_ACROSS"):
+        monkeypatch.setattr(kernels, name, 128)
+    x, y = rand(1, 1, 256, 256), torch.full((1, 1, 256, 256), 1.939773678779602)
+    value, gradient = value_and_gradient(x, y, patch_size=16)
+    assert value == 0 and (gradient == 0).all()
 
 
 @compiler
@@ -216,9 +248,10 @@ def test_what_they_are_not_for(interpreted):
     assert not kernels.fit(x, x, 32, "signed")
     assert not kernels.fit(x, x, 1 << 14, "cka")
     assert not kernels.fit(torch.nn.Parameter(x), x, 32, "cka")
+    assert not kernels.fit(x, x.to("meta"), 32, "cka")
     # Too far apart to be counted in 32 bits.
     far = torch.empty_strided((2, 1, 1, 1), (1 << 31, 1, 1, 1), device="meta")
-    assert not kernels.fit(x, far, 32, "cka")
+    assert not kernels.fit(far, far, 32, "cka")
 
 
 def test_where_they_do_not_compile_torch_goes_on(monkeypatch, caplog):

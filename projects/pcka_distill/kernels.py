@@ -32,12 +32,12 @@ from pcka_distill.fused import FLOOR, padded
 try:
     import triton
 
-    from pcka_distill import triton_kernels
-
     # Older ones take other arguments.
     available = int(triton.__version__.split(".")[0]) >= 3
 except ImportError:
     available = False
+if available:
+    from pcka_distill import triton_kernels
 
 __all__ = ["fit", "pcka", "values"]
 
@@ -62,14 +62,25 @@ def fit(student: Tensor, teacher: Tensor, p: int, form: str) -> bool:
     maps = (student, teacher)
     return (
         # Tensors without values are of a subclass.
-        type(student) is Tensor
+        type(student) is type(teacher) is Tensor
+        and student.device == teacher.device
         and student.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and form != "signed"
         and p <= _WIDEST
         # Places in a map are counted in 32 bits.
-        and all(sum((n - 1) * y for n, y in zip(x.shape, x.stride())) < 1 << 31 for x in maps)
+        and all(max(x.numel(), _reach(x)) < 1 << 31 for x in maps)
         and _run(student.device)
     )
+
+
+def _reach(x: Tensor) -> int:
+    """How far the last value lies behind the first."""
+    return sum((n - 1) * stride for n, stride in zip(x.shape, x.stride()))
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Strides; 0 where they do not matter, and may be of any size."""
+    return [stride if n > 1 else 0 for n, stride in zip(x.shape, x.stride())]
 
 
 @functools.cache
@@ -95,6 +106,8 @@ def _run(device: torch.device) -> bool:
             form="cka",
             gradient=True,
         )
+    except torch.cuda.OutOfMemoryError:
+        raise
     # Whatever keeps a compiler from its work: none there, no place to write to.
     except Exception as e:
         reason = str(e).strip().split("\n")[0] or type(e).__name__
@@ -125,8 +138,10 @@ def _places(shape: tuple[int, ...], axes: tuple[int, ...], device: torch.device)
     """
     p = shape[3]
     steps = {0: (1, 0, 0), 2: (0, p, 0), 3: (0, 1, 0), 4: (0, 0, p), 5: (0, 0, 1)}
-    indices = torch.tensor(list(itertools.product(*(range(shape[axis]) for axis in axes))))
-    places = indices @ torch.tensor([steps[axis] for axis in axes])
+    # Whatever the default device is: others have no such products.
+    every = itertools.product(*(range(shape[axis]) for axis in axes))
+    indices = torch.tensor(list(every), device="cpu")
+    places = indices @ torch.tensor([steps[axis] for axis in axes], device="cpu")
     return places.mT.to(torch.int32).contiguous().to(device)
 
 
@@ -207,9 +222,8 @@ def pcka(
     block = triton.next_power_of_2(p)
     tall = max(1, min(16, _TILE // block))
     warps = _SIDE_WARPS if block < 4096 else 16
-    mine = student
-    if student.dtype != teacher.dtype:
-        mine, teacher = student.float(), teacher.float()
+    if channels is not None:
+        channels = channels.float()
     losses = torch.empty(count, dtype=torch.float32, device=device)
     whole: Tensor | None = None
     info = torch.finfo(torch.float32)
@@ -223,13 +237,15 @@ def pcka(
         for start in range(0, count, step):
             g = min(step, count - start)
             z = losses.new_empty(g, rows, p)
-            # Of either side the means of its samples, and its samples times c.
-            lost = losses.new_empty(2, g, 2, end)
-            squares = losses.new_empty(g, 2, 2)
+            # The means of the samples of either side, and the squared norms of those over samples.
+            lost = losses.new_empty(g, 2, end)
+            squares = losses.new_empty(g, 2)
             sums = losses.new_empty(g, 2, chunks, p) if over[0] and chunks > 1 else lost
-            maps = tuple(x.narrow(1, start, g) for x in (mine, teacher))
+            maps = [x.narrow(1, start, g) for x in (student, teacher)]
+            if student.dtype != teacher.dtype:
+                maps = [x.float() for x in maps]
             places = (of_samples, of_features, per_chunk, n, p)
-            sizes = (*(y for x in maps for y in x.stride()), height, width, *scales, *resized)
+            sizes = (*_strides(maps[0]), *_strides(maps[1]), height, width, *scales, *resized)
             tile = {"TALL": tall, "BLOCK": block, "num_warps": warps}
             if sums is not lost:
                 triton_kernels.sum_columns[(g, chunks, 2)](*maps, sums, *places, *sizes, **tile)
@@ -279,8 +295,8 @@ def pcka(
             triton_kernels.spread[(triton.cdiv(height * width, _BLOCK), g, batch)](
                 cells,
                 out,
-                *cells.stride(),
-                *out.stride(),
+                *_strides(cells),
+                *_strides(out),
                 height,
                 width,
                 *to,

@@ -90,13 +90,18 @@ def _column_sums(
 ):
     """(P,), the sum of some samples of a map."""
     sums = tl.zeros([BLOCK], tl.float32)
+    # What rounding lost: of many samples it would pass for variation.
+    lost = tl.zeros([BLOCK], tl.float32)
     for start in range(first, last, TALL):
         tile = _tile(
             x_ptr, start + tl.arange(0, TALL), samples_ptr, features_ptr, last, n_samples,
             n_features, stride_b, stride_h, stride_w, height, width, scale_h, scale_w, ROWS_RESIZED,
             COLUMNS_RESIZED, BLOCK,
         )
-        sums += tl.sum(tile, 0)
+        more = tl.sum(tile, 0) - lost
+        total = sums + more
+        lost = (total - sums) - more
+        sums = total
     return sums
 
 
@@ -140,7 +145,6 @@ def write_sides(
     """A chunk of X and of Y of every group, and what centring takes out of them."""
     group = tl.program_id(0)
     chunk = tl.program_id(1)
-    groups = tl.num_programs(0)
     chunks = tl.num_programs(1)
     side = tl.program_id(2)
     if side == 0:
@@ -184,16 +188,11 @@ def write_sides(
             mean = tl.sum(tile, 1) / n_features
             tile = tl.where(inside, tile - mean[:, None], 0.0)
             tl.store(lost_ptr + place + n, mean, mask=n < end)
-        if APART:
-            along = tl.sum(tile * c[None, :], 1)
-            tl.store(lost_ptr + groups * 2 * end + place + n, along, mask=n < end)
         to = z_ptr + (side * end + n)[:, None] * n_features + feature[None, :]
         tl.store(to, tile, mask=(n < end)[:, None] & valid[None, :])
     if chunk == 0:
-        squares_ptr += (group * 2 + side) * 2
-        tl.store(squares_ptr, tl.sum(means * means, 0))
+        tl.store(squares_ptr + group * 2 + side, tl.sum(means * means, 0))
         if APART:
-            tl.store(squares_ptr + 1, tl.sum(c * c, 0))
             extra = z_ptr + 2 * end * n_features + feature
             tl.store(extra + side * n_features, c, mask=valid)
             if side == 0:
@@ -218,7 +217,7 @@ def _alive(
 
 @triton.jit
 def _traces(
-    of_x_ptr, of_y_ptr, mine_ptr, own_ptr, squares_ptr, n, p, end, row_x, row_y, tiny, limit,
+    of_x_ptr, of_y_ptr, mine_ptr, squares_ptr, n, p, end, row_x, row_y, tiny, limit,
     APART: tl.constexpr, OVER_SAMPLES: tl.constexpr, OVER_FEATURES: tl.constexpr,
     DOWN: tl.constexpr,
 ):
@@ -243,22 +242,23 @@ def _traces(
             of_r += r * r
             of_s += s * s
         if APART:
-            of_a += tl.load(own_ptr + i, mask=i < n, other=0.0)
-            of_b += tl.load(own_ptr + end + i, mask=i < n, other=0.0)
+            # X times c_x, and Y times c_y.
+            of_a += tl.load(of_x_ptr + i * row_x + 2 * end, mask=i < n, other=0.0)
+            of_b += tl.load(of_y_ptr + i * row_y + end + 1, mask=i < n, other=0.0)
     k_trace = tl.sum(of_k, 0)
     l_trace = tl.sum(of_l, 0)
     x_rows = tl.sum(of_r, 0)
     y_rows = tl.sum(of_s, 0)
     x_columns = tl.load(squares_ptr)
-    y_columns = tl.load(squares_ptr + 2)
+    y_columns = tl.load(squares_ptr + 1)
     inter_k_trace = k_trace
     inter_l_trace = l_trace
     c_x = 0.0
     c_y = 0.0
     c_xy = 0.0
     if APART:
-        c_x = tl.load(squares_ptr + 1)
-        c_y = tl.load(squares_ptr + 3)
+        c_x = tl.load(of_y_ptr + end * row_y + end)
+        c_y = tl.load(of_y_ptr + (end + 1) * row_y + end + 1)
         c_xy = tl.load(of_y_ptr + end * row_y + end + 1)
         inter_k_trace += 2 * tl.sum(of_a, 0) + n * c_x
         inter_l_trace += 2 * tl.sum(of_b, 0) + n * c_y
@@ -297,7 +297,7 @@ def _loss_of(cka, weight, floor, FORM: tl.constexpr):
 
 @triton.jit
 def _grams(
-    i, j, of_x_ptr, of_y_ptr, mine_ptr, own_ptr, n, p, end, row_x, row_y, c_x, c_y, c_xy,
+    i, j, of_x_ptr, of_y_ptr, mine_ptr, n, p, end, row_x, row_y, c_x, c_y, c_xy,
     INTER: tl.constexpr, APART: tl.constexpr,
 ):
     """Of rows i and columns j: K and L of intra, K and L of inter, and M; 0 outside."""
@@ -313,10 +313,12 @@ def _grams(
         x_j = tl.load(mine_ptr + j, mask=j < n, other=0.0)[None, :]
         y_i = tl.load(mine_ptr + end + i, mask=i < n, other=0.0)[:, None]
         y_j = tl.load(mine_ptr + end + j, mask=j < n, other=0.0)[None, :]
-        a_i = tl.load(own_ptr + i, mask=i < n, other=0.0)[:, None]
-        a_j = tl.load(own_ptr + j, mask=j < n, other=0.0)[None, :]
-        b_i = tl.load(own_ptr + end + i, mask=i < n, other=0.0)[:, None]
-        b_j = tl.load(own_ptr + end + j, mask=j < n, other=0.0)[None, :]
+        # X times c_x, and Y times c_y: of the same products as what is compared to them, which may
+        # be TF32's.
+        a_i = tl.load(of_x_ptr + i * row_x + 2 * end, mask=i < n, other=0.0)[:, None]
+        a_j = tl.load(of_x_ptr + j * row_x + 2 * end, mask=j < n, other=0.0)[None, :]
+        b_i = tl.load(of_y_ptr + i * row_y + end + 1, mask=i < n, other=0.0)[:, None]
+        b_j = tl.load(of_y_ptr + j * row_y + end + 1, mask=j < n, other=0.0)[None, :]
         # X times c_y, and Y times c_x.
         e_i = tl.load(of_x_ptr + i * row_x + 2 * end + 1, mask=i < n, other=0.0)[:, None]
         e_j = tl.load(of_y_ptr + j * row_y + end, mask=j < n, other=0.0)[None, :]
@@ -330,7 +332,7 @@ def _grams(
 
 @triton.jit
 def _dots(
-    of_x_ptr, of_y_ptr, mine_ptr, own_ptr, first, last, n, p, end, row_x, row_y, k_unit, l_unit,
+    of_x_ptr, of_y_ptr, mine_ptr, first, last, n, p, end, row_x, row_y, k_unit, l_unit,
     inter_k_unit, inter_l_unit, c_x, c_y, c_xy, INTRA: tl.constexpr, INTER: tl.constexpr,
     APART: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
 ):
@@ -347,7 +349,7 @@ def _dots(
         for left in range(0, n, ACROSS):
             j = left + tl.arange(0, ACROSS)
             k, l, inter_k, inter_l, m = _grams(
-                i, j, of_x_ptr, of_y_ptr, mine_ptr, own_ptr, n, p, end, row_x, row_y, c_x, c_y,
+                i, j, of_x_ptr, of_y_ptr, mine_ptr, n, p, end, row_x, row_y, c_x, c_y,
                 c_xy, INTER, APART,
             )
             k *= k_unit
@@ -383,14 +385,13 @@ def sum_grams(
     of_x_ptr += group.to(tl.int64) * group_x
     of_y_ptr += group.to(tl.int64) * group_y
     mine_ptr = lost_ptr + group * 2 * end
-    own_ptr = mine_ptr + tl.num_programs(0) * 2 * end
     k_unit, l_unit, inter_k_unit, inter_l_unit, c_x, c_y, c_xy = _traces(
-        of_x_ptr, of_y_ptr, mine_ptr, own_ptr, squares_ptr + group * 4, n, p, end, row_x, row_y,
+        of_x_ptr, of_y_ptr, mine_ptr, squares_ptr + group * 2, n, p, end, row_x, row_y,
         tiny, limit, APART, OVER_SAMPLES, OVER_FEATURES, DOWN,
     )
     first = chunk * per_chunk
     kk, ll, kl, inter_kk, inter_ll, mm = _dots(
-        of_x_ptr, of_y_ptr, mine_ptr, own_ptr, first, tl.minimum(first + per_chunk, n), n, p, end,
+        of_x_ptr, of_y_ptr, mine_ptr, first, tl.minimum(first + per_chunk, n), n, p, end,
         row_x, row_y, k_unit, l_unit, inter_k_unit, inter_l_unit, c_x, c_y, c_xy, INTRA, INTER,
         APART, DOWN, ACROSS,
     )
@@ -420,14 +421,13 @@ def write_factors(
     of_y_ptr += group.to(tl.int64) * group_y
     factors_ptr += group.to(tl.int64) * n * row_factors
     mine_ptr = lost_ptr + group * 2 * end
-    own_ptr = mine_ptr + tl.num_programs(0) * 2 * end
     k_unit, l_unit, inter_k_unit, inter_l_unit, c_x, c_y, c_xy = _traces(
-        of_x_ptr, of_y_ptr, mine_ptr, own_ptr, squares_ptr + group * 4, n, p, end, row_x, row_y,
+        of_x_ptr, of_y_ptr, mine_ptr, squares_ptr + group * 2, n, p, end, row_x, row_y,
         tiny, limit, APART, OVER_SAMPLES, OVER_FEATURES, DOWN,
     )
     if ALONE:
         kk, ll, kl, inter_kk, inter_ll, mm = _dots(
-            of_x_ptr, of_y_ptr, mine_ptr, own_ptr, 0, n, n, p, end, row_x, row_y, k_unit, l_unit,
+            of_x_ptr, of_y_ptr, mine_ptr, 0, n, n, p, end, row_x, row_y, k_unit, l_unit,
             inter_k_unit, inter_l_unit, c_x, c_y, c_xy, INTRA, INTER, APART, DOWN, ACROSS,
         )
     else:
@@ -487,7 +487,7 @@ def write_factors(
             for left in range(0, end, ACROSS):
                 j = left + tl.arange(0, ACROSS)
                 k, l, inter_k, _, m = _grams(
-                    i, j, of_x_ptr, of_y_ptr, mine_ptr, own_ptr, n, p, end, row_x, row_y, c_x, c_y,
+                    i, j, of_x_ptr, of_y_ptr, mine_ptr, n, p, end, row_x, row_y, c_x, c_y,
                     c_xy, INTER, APART,
                 )
                 to = factors_ptr + i[:, None] * row_factors + j[None, :]
