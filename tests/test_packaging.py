@@ -89,7 +89,7 @@ NAMES |= {"yaml": "pyyaml"}
 
 
 def test_what_is_imported_is_declared(built):
-    """But for Detectron2, which brings torchvision and is not on the index."""
+    """But for Detectron2, which brings torchvision and is not on the index, and torch's Triton."""
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         name = next(x for x in archive.namelist() if x.endswith("METADATA"))
@@ -102,7 +102,7 @@ def test_what_is_imported_is_declared(built):
                 elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                     found.add(node.module.split(".")[0])
     declared = {x.lower() for x in re.findall(r"^Requires-Dist: ([\w-]+)", metadata, re.M)}
-    own = {"pcka_distill", "detectron2", "torchvision", "timm"} | sys.stdlib_module_names
+    own = {"pcka_distill", "detectron2", "torchvision", "timm", "triton"} | sys.stdlib_module_names
     assert {NAMES.get(x, x.lower()) for x in found - own} <= declared
 
 
