@@ -617,7 +617,7 @@ comes first in a step, so that the memory that it needs for a while serves the s
 afterwards.
 What is above 1 is the loss, most of it the matrix products of P2 of Faster R-CNN, with both
 relations: 19 billion multiplications an image on a CPU, 24 on a GPU, in fp32, or under AMP in TF32.
-On the CPU five runs within three hours had Faster R-CNN at 1.04 to 1.08, the last one is below.
+On the CPU runs within three hours had Faster R-CNN at 1.04 to 1.08; the last one is below.
 With two images the H100 waits for the processor that launches its work, so that rounds differ more.
 Peak memory is without the weights of either. The weights are random.
 """,
