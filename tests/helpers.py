@@ -126,3 +126,9 @@ def assert_one_line(done, message):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: "), done.stderr[-2000:]
     assert re.search(message, last), last
+
+
+def value_and_gradient(loss, x, *others, **options):
+    x = x.clone().requires_grad_()
+    value = loss(x, *others, **options)
+    return value.detach(), torch.autograd.grad(value, x)[0]

@@ -22,6 +22,7 @@ from helpers import (
     gradients,
     make_batch,
     rand,
+    value_and_gradient,
 )
 
 from pcka_distill import functional, get_distill_cfg, kernels
@@ -47,12 +48,6 @@ def full_fp32():
     yield
     for x, value in zip(switches, before):
         x.allow_tf32 = value
-
-
-def value_and_gradient(loss, x, *others, **options):
-    x = x.clone().requires_grad_()
-    value = loss(x, *others, **options)
-    return value.detach(), torch.autograd.grad(value, x)[0]
 
 
 def distance(a, b):

@@ -9,8 +9,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import rand
+from helpers import rand, value_and_gradient
+from test_fused import IN_MEMORY, Operations
 
 from pcka_distill import functional, kernels
 from pcka_distill.functional import CHANNEL_LAYOUTS, pcka_loss
@@ -33,12 +33,6 @@ def interpreted(monkeypatch):
     # What overflows, or is divided by zero, it says.
     with np.errstate(all="ignore"):
         yield
-
-
-def value_and_gradient(x, y, **options):
-    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    loss = pcka_loss(x, y, **options)
-    return loss.detach(), torch.autograd.grad(loss, x)[0]
 
 
 def expected(x, y, **options):
@@ -75,7 +69,7 @@ def test_equal_to_the_plain_form(
     intra, inter = weights
     options = {"patch_size": patch, "layout": layout, "center": center}
     options |= {"intra_weight": intra, "inter_weight": inter}
-    found = value_and_gradient(x, y, **options)
+    found = value_and_gradient(pcka_loss, x, y, **options)
     same(found, expected(x, y, **options))
     # Of which there is no gradient to make.
     torch.testing.assert_close(pcka_loss(x, y, **options), found[0])
@@ -88,7 +82,7 @@ def test_forms(form, near, interpreted):
     x = rand(2, 3, 9, 8)
     y = near * x + rand(2, 3, 9, 8, seed=1)
     options = {"patch_size": 4, "inter_weight": 2.0, "form": form}
-    same(value_and_gradient(x, y, **options), expected(x, y, **options))
+    same(value_and_gradient(pcka_loss, x, y, **options), expected(x, y, **options))
 
 
 @compiler
@@ -97,15 +91,7 @@ def test_weighted_channels(teacher, interpreted):
     x, y = rand(2, 5, 9, 8), rand(2, 5, 9, 8, seed=1) * torch.arange(1, 6).view(1, 5, 1, 1)
     y = y.to(teacher)
     options = {"patch_size": 4, "inter_weight": 1.0, "channel_weight": "variance"}
-    same(value_and_gradient(x, y, **options), expected(x, y, **options))
-
-
-IN_MEMORY = {
-    "in rows": lambda x: x,
-    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "some of the channels": lambda x: x.repeat_interleave(2, 1)[:, ::2],
-    "cut off": lambda x: F.pad(x, (0, 3, 0, 2))[..., : x.shape[2], : x.shape[3]],
-}
+    same(value_and_gradient(pcka_loss, x, y, **options), expected(x, y, **options))
 
 
 @compiler
@@ -115,7 +101,7 @@ def test_however_maps_lie_in_memory(student, teacher, interpreted):
     x, y = (rand(2, 6, 10, 8, seed=i) for i in range(2))
     options = {"patch_size": 4, "inter_weight": 1.0}
     there = IN_MEMORY[student](x)
-    found = value_and_gradient(there, IN_MEMORY[teacher](y), **options)
+    found = value_and_gradient(pcka_loss, there, IN_MEMORY[teacher](y), **options)
     same(found, expected(x, y, **options))
     assert found[1].stride() == torch.empty_like(there).stride()
 
@@ -127,7 +113,7 @@ def test_half_precision(student, teacher, interpreted):
     """In fp32; the gradient is cast once, after AMP's scale."""
     x, y = rand(2, 4, 9, 8).to(student), rand(2, 4, 9, 8, seed=1).to(teacher)
     options = {"patch_size": 4, "inter_weight": 1.0}
-    value, gradient = value_and_gradient(x, y, **options)
+    value, gradient = value_and_gradient(pcka_loss, x, y, **options)
     assert value.dtype == torch.float32 and gradient.dtype == student
     same((value, gradient), expected(x, y, **options), max(1e-5, torch.finfo(student).eps / 10))
 
@@ -159,7 +145,7 @@ def test_what_does_not_vary(weights, side, interpreted):
     maps[side][:, 0] = 777.7
     intra, inter = weights
     options = {"patch_size": 4, "intra_weight": intra, "inter_weight": inter}
-    value, gradient = value_and_gradient(*maps, **options)
+    value, gradient = value_and_gradient(pcka_loss, *maps, **options)
     rest = expected(*(x[:, 1:] for x in maps), **options)[0] * 2 / 3
     worst = (intra + inter) / 3
     torch.testing.assert_close(value.double(), rest + (0 if side else worst))
@@ -174,7 +160,7 @@ def test_rounding_errors_of_many_samples_are_no_variation(interpreted, monkeypat
     for name in ("_DOWN", "_ACROSS"):
         monkeypatch.setattr(kernels, name, 128)
     x, y = rand(1, 1, 256, 256), torch.full((1, 1, 256, 256), 1.939773678779602)
-    value, gradient = value_and_gradient(x, y, patch_size=16)
+    value, gradient = value_and_gradient(pcka_loss, x, y, patch_size=16)
     assert value == 0 and (gradient == 0).all()
 
 
@@ -184,7 +170,7 @@ def test_rounding_errors_of_many_samples_are_no_variation(interpreted, monkeypat
 def test_the_magnitude_does_not_matter(weights, magnitude, interpreted):
     x, y = rand(2, 3, 8, 12), rand(2, 3, 8, 12, seed=1)
     options = dict(zip(("intra_weight", "inter_weight"), weights), patch_size=4)
-    value, gradient = value_and_gradient(magnitude * x, magnitude * y, **options)
+    value, gradient = value_and_gradient(pcka_loss, magnitude * x, magnitude * y, **options)
     same((value, gradient.double() * magnitude), expected(x, y, **options))
 
 
@@ -196,7 +182,7 @@ def test_what_is_no_number_stays_visible(weights, center, interpreted):
     for side, value in ((0, np.nan), (1, np.nan), (0, np.inf), (1, -np.inf)):
         maps = [rand(2, 3, 8, 8).clone(), rand(2, 3, 8, 8, seed=1).clone()]
         maps[side][0, 0, 2, 2] = value
-        value, gradient = value_and_gradient(*maps, **options)
+        value, gradient = value_and_gradient(pcka_loss, *maps, **options)
         assert value.isnan()
         assert gradient[:, 1:].isfinite().all() and gradient[:, 1:].any()
     # A trace that overflows, where no entry of a Gram does.
@@ -211,7 +197,7 @@ def test_a_gradient_goes_through_the_resize(patch, sides, interpreted):
     """Of one channel, against torch's own."""
     x, y = rand(1, 1, *sides), rand(1, 1, *sides, seed=1)
     options = {"patch_size": patch, "center": False, "intra_weight": 0.0, "inter_weight": 1.0}
-    found, wanted = value_and_gradient(x, y, **options), expected(x, y, **options)
+    found, wanted = value_and_gradient(pcka_loss, x, y, **options), expected(x, y, **options)
     torch.testing.assert_close(found[0].double(), wanted[0], rtol=1e-5, atol=5e-6)
     torch.testing.assert_close(found[1].double(), wanted[1], rtol=1e-3, atol=2e-6)
 
@@ -219,8 +205,6 @@ def test_a_gradient_goes_through_the_resize(patch, sides, interpreted):
 @compiler
 def test_what_torch_launches_beside_them(interpreted, monkeypatch):
     """Three products a step, and the sum of the losses; to ask for a type is none."""
-    from test_fused import Operations
-
     from pcka_distill import triton_kernels
 
     launched = []

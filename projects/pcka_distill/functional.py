@@ -30,7 +30,7 @@ import itertools
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -402,7 +402,7 @@ class _FusedPCKA(torch.autograd.Function):
 # numpy asks for huge pages from so many bytes on.
 _HUGE = 4 << 20
 # Memory of gradients, and who uses it, if that is still there.
-_gradients: list[tuple[np.ndarray[Any, Any], Callable[[], object]]] = []
+_gradients: list[tuple[np.ndarray[Any, Any], weakref.ref[Any]]] = []
 _one_at_a_time = threading.Lock()
 
 
@@ -419,20 +419,16 @@ def _gradient_like(like: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.empty_like(like, dtype=dtype)
     with _one_at_a_time:
         # Asked once: what is in use now may be gone a moment later.
-        asked = [(memory, user, user() is not None) for memory, user in _gradients]
-        used = [(memory, user) for memory, user, alive in asked if alive]
-        free = [memory for memory, _, alive in asked if not alive]
-        fit = [x for x in free if made.nbytes <= x.nbytes < 2 * made.nbytes]
-        memory = min(fit, key=len) if fit else np.empty(made.nbytes, np.uint8)
+        free = [x for x in _gradients if x[1]() is None]
+        fit = [x for x in free if made.nbytes <= x[0].nbytes < 2 * made.nbytes]
+        taken = [min(fit, key=lambda x: len(x[0]))] if fit else []
+        memory = taken[0][0] if taken else np.empty(made.nbytes, np.uint8)
         values = memory[: made.nbytes].view(torch.finfo(dtype).dtype)
-        # What nothing fits in is of other sizes than are asked for now.
-        others = [(x, _gone) for x in free if x is not memory] if fit else []
-        _gradients[:] = [*used, *others, (memory, weakref.ref(values))]
+        # If nothing fits, what is free is of other sizes than are asked for now.
+        over = {id(x) for x in taken or free}
+        _gradients[:] = [x for x in _gradients if id(x) not in over]
+        _gradients.append((memory, weakref.ref(values)))
     return torch.from_numpy(values).as_strided(made.shape, made.stride())
-
-
-def _gone() -> None:
-    """Of memory that nobody uses."""
 
 
 def _fused_pcka(

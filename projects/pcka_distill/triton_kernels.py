@@ -105,6 +105,21 @@ def _column_sums(
     return sums
 
 
+@triton.jit
+def _map_of(
+    side, group, student_ptr, teacher_ptr, student_b, student_c, student_h, student_w, teacher_b,
+    teacher_c, teacher_h, teacher_w,
+):
+    """Where a channel of a side begins, and the strides of its images, rows and columns."""
+    if side == 0:
+        x_ptr = student_ptr + group.to(tl.int64) * student_c
+        stride_b, stride_h, stride_w = student_b, student_h, student_w
+    else:
+        x_ptr = teacher_ptr + group.to(tl.int64) * teacher_c
+        stride_b, stride_h, stride_w = teacher_b, teacher_h, teacher_w
+    return x_ptr, stride_b, stride_h, stride_w
+
+
 @_jit("n_features")
 def sum_columns(
     student_ptr, teacher_ptr, sums_ptr, samples_ptr, features_ptr, per_chunk, n_samples, n_features,
@@ -116,12 +131,10 @@ def sum_columns(
     group = tl.program_id(0)
     chunk = tl.program_id(1)
     side = tl.program_id(2)
-    if side == 0:
-        x_ptr = student_ptr + group.to(tl.int64) * student_c
-        stride_b, stride_h, stride_w = student_b, student_h, student_w
-    else:
-        x_ptr = teacher_ptr + group.to(tl.int64) * teacher_c
-        stride_b, stride_h, stride_w = teacher_b, teacher_h, teacher_w
+    x_ptr, stride_b, stride_h, stride_w = _map_of(
+        side, group, student_ptr, teacher_ptr, student_b, student_c, student_h, student_w,
+        teacher_b, teacher_c, teacher_h, teacher_w,
+    )
     first = chunk * per_chunk
     sums = _column_sums(
         x_ptr, samples_ptr, features_ptr, first, tl.minimum(first + per_chunk, n_samples),
@@ -147,12 +160,10 @@ def write_sides(
     chunk = tl.program_id(1)
     chunks = tl.num_programs(1)
     side = tl.program_id(2)
-    if side == 0:
-        x_ptr = student_ptr + group.to(tl.int64) * student_c
-        stride_b, stride_h, stride_w = student_b, student_h, student_w
-    else:
-        x_ptr = teacher_ptr + group.to(tl.int64) * teacher_c
-        stride_b, stride_h, stride_w = teacher_b, teacher_h, teacher_w
+    x_ptr, stride_b, stride_h, stride_w = _map_of(
+        side, group, student_ptr, teacher_ptr, student_b, student_c, student_h, student_w,
+        teacher_b, teacher_c, teacher_h, teacher_w,
+    )
     feature = tl.arange(0, BLOCK)
     valid = feature < n_features
     means = tl.zeros([BLOCK], tl.float32)
