@@ -213,7 +213,13 @@ def test_a_resize_in_caches_is_that_of_torch(patch, sides, order):
     torch.testing.assert_close(cells.reshape(expected.shape), expected)
     cells.copy_(rand(*sizes, seed=1, dtype=torch.float64))
     gradient = torch.autograd.grad(expected, x, cells.reshape(expected.shape))[0]
-    torch.testing.assert_close(resize.gradient(resize.joined(cells)), gradient)
+    joined = resize.joined(cells)
+    # Some channels of more, in rows or not; what is beside them stays.
+    more = torch.full((2, 5, *sides), math.nan, dtype=torch.float64)
+    for whole in (more, more.to(memory_format=torch.channels_last)):
+        resize.gradient(joined, whole[:, 1:4])
+        torch.testing.assert_close(whole[:, 1:4], gradient)
+        assert whole[:, ::4].isnan().all()
 
 
 @pytest.mark.parametrize(

@@ -570,8 +570,7 @@ def _fused_pcka(
         if resize:
             maps = resize.joined(cells)
             del cells
-            maps = resize.gradient(maps)
-            cut_off(whole()).copy_(maps)
+            resize.gradient(maps, cut_off(whole()))
             del maps
         else:
             cut(cut_off(whole()), patch_size).copy_(cells)

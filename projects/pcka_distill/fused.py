@@ -26,6 +26,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -112,8 +113,8 @@ class Resize:
         cut(maps, self.patch_size).copy_(cells)
         return maps
 
-    def gradient(self, maps: Tensor) -> Tensor:
-        """The gradient (B, C, H, W) of x, of that of the cells, :meth:`joined`."""
+    def gradient(self, maps: Tensor, out: Tensor) -> None:
+        """Write the gradient of x into out (B, C, H, W), of that of the cells, :meth:`joined`."""
         # A product for each side: what torch has for it adds up in another order in every run.
         # What is made of tensors without values, as tools do that look at shapes, is not kept.
         make = _kept_matrix if type(self.like) is Tensor else _matrix
@@ -123,7 +124,7 @@ class Resize:
         )
         if rows is not None:
             maps = rows.mT @ maps
-        return maps if columns is None else maps @ columns
+        out.copy_(maps if columns is None else maps @ columns)
 
 
 class BandedResize(Resize):
@@ -152,40 +153,22 @@ class BandedResize(Resize):
         b, c, _, width = shape
         sizes = (b, c, to[0] // patch_size, patch_size)
         self._sizes = tuple(sizes[axis] for axis in self._order)
-        self._count = math.prod(sizes)
+        self._maps = like.new_empty(math.prod(sizes), to[1])
         self._resized = width != to[1]
-        # The gradient of the rows, before and after their columns are resized; the last window of
-        # either may reach beyond it.
-        if self._resized:
-            self._maps, self._small = (
-                like.new_empty(self._count, -(-side // _WINDOW) * _WINDOW)
-                for side in (to[1], width)
-            )
-        else:
-            self._maps = self._small = like.new_empty(self._count, width)
         # Products with a few columns are slow.
         self._by_patch: Windows = ()
         if self._resized and patch_size >= _WINDOW // 2:
             self._by_patch = _windows(width, to[1], patch_size, False, like.dtype)
 
-    def _view(self, rows: Tensor, count: int, width: int, first: int, step: int) -> Tensor:
-        """So many windows (.., rows, width) of rows (.., W)."""
-        return rows.as_strided(
-            (count, self._count, width), (step, rows.shape[1], 1), storage_offset=first
-        )
-
     def _resize_columns(self, rows: Tensor, out: Tensor, backward: bool) -> None:
         """Write what becomes of rows (.., W) into out (.., W')."""
         width, to, dtype = self.shape[3], self.to[1], self.like.dtype
-        for some, first, step, weights in _windows(width, to, _WINDOW, backward, dtype):
-            count, inputs, _ = weights.shape
-            windows = self._view(rows, count, inputs, first, step)
-            made = self._view(out, count, _WINDOW, some.start * _WINDOW, _WINDOW)
-            torch.bmm(windows, weights, out=made)
+        for window in _windows(width, to, _WINDOW, backward, dtype):
+            torch.bmm(window.of(rows), window.weights, out=window.made(out))
 
     def _by_column(self, rows: Tensor) -> Tensor:
         """Rows (.., W') as cells (V, .., p), B, C, U and p in order."""
-        cells = rows[:, : self.to[1]].unflatten(1, (-1, self.patch_size))
+        cells = rows.unflatten(1, (-1, self.patch_size))
         return cells.unflatten(0, self._sizes).movedim(4, 0)
 
     def _sum_rows(self, table: Tensor, strides: Sequence[int], backward: bool) -> Tensor:
@@ -229,26 +212,34 @@ class BandedResize(Resize):
         columns = cells.permute(4, *self._order, 5)
         if self._by_patch and columns.is_contiguous():
             out = columns.flatten(1, 4)
-            for some, first, step, weights in self._by_patch:
-                windows = self._view(rows, len(weights), weights.shape[1], first, step)
-                torch.bmm(windows, weights, out=out[some])
+            for window in self._by_patch:
+                first = window.to // self.patch_size
+                some = out[first : first + len(window.weights)]
+                torch.bmm(window.of(rows), window.weights, out=some)
             return
         if self._resized:
             self._resize_columns(rows, self._maps, backward=False)
             rows = self._maps
-        columns.copy_(self._by_column(rows))
+        columns.copy_(self._by_column(rows[:, : self.to[1]]))
 
     def joined(self, cells: Tensor) -> Tensor:
         self._by_column(self._maps).copy_(cells.permute(4, *self._order, 5))
-        if self._resized:
-            self._resize_columns(self._maps, self._small, backward=True)
-        return self._small
+        return self._maps
 
-    def gradient(self, maps: Tensor) -> Tensor:
+    def gradient(self, maps: Tensor, out: Tensor) -> None:
         steps = [math.prod(self._sizes[i + 1 :]) for i in range(4)]
         strides = [steps[self._order.index(axis)] for axis in range(4)]
-        rows = self._sum_rows(maps, strides, backward=True)
-        return rows.view(*self.shape[:3], -1)[..., : self.shape[3]]
+        rows = self._sum_rows(maps, strides, backward=True).unflatten(0, self.shape[:3])
+        if not self._resized:
+            out.copy_(rows)
+            return
+        _, _, height, _ = self.shape
+        in_rows = out.stride(3) == 1 and out.stride(1) == height * out.stride(2)
+        written = out if in_rows else self.like.new_empty(self.shape)
+        for image, made in zip(rows, written):
+            self._resize_columns(image.flatten(0, 1), made.flatten(0, 1), backward=True)
+        if not in_rows:
+            out.copy_(written)
 
 
 def _as_table(x: Tensor) -> Tensor | None:
@@ -268,22 +259,41 @@ def _as_table(x: Tensor) -> Tensor | None:
 
 # Columns that a product makes: as many as it is fast with.
 _WINDOW = 16
-# Batches of windows: which ones, the first input of the first, inputs from the start of one to that
-# of the next, and the weights (.., inputs, outputs) of each.
-Windows = tuple[tuple[slice, int, int, Tensor], ...]
+
+
+class _Window(NamedTuple):
+    """Windows of one size, as far apart as one another: of rows to resize, of what is made."""
+
+    first: int
+    step: int
+    to: int
+    weights: Tensor  # (windows, inputs, outputs)
+
+    def of(self, rows: Tensor) -> Tensor:
+        """(windows, .., inputs) of rows (.., W)."""
+        return self._view(rows, self.weights.shape[1], self.first, self.step)
+
+    def made(self, rows: Tensor) -> Tensor:
+        """(windows, .., outputs) of rows (.., W')."""
+        outputs = self.weights.shape[2]
+        return self._view(rows, outputs, self.to, outputs)
+
+    def _view(self, rows: Tensor, width: int, first: int, step: int) -> Tensor:
+        size, strides = (len(self.weights), len(rows), width), (step, rows.stride(0), 1)
+        return rows.as_strided(size, strides, rows.storage_offset() + first)
+
+
+Windows = tuple[_Window, ...]
 
 
 @functools.lru_cache(maxsize=1024)
 def _windows(size: int, to: int, width: int, backward: bool, dtype: torch.dtype) -> Windows:
     """A bilinear resize of one side, or its gradient, in few batches of products of windows.
 
-    The windows of a batch are of one size, and as far apart as one another. Weights of outputs that
-    a last window has too many of are 0.
-
     Args:
         size: of what is resized.
         to: its new size.
-        width: outputs of a window.
+        width: outputs of a window. A last one makes some once more, where they are no multiple.
         backward: of the gradient.
         dtype: of the weights.
     """
@@ -291,8 +301,10 @@ def _windows(size: int, to: int, width: int, backward: bool, dtype: torch.dtype)
     if backward:
         matrix = matrix.mT
     outputs, inputs = matrix.shape
-    matrix = F.pad(matrix, (0, 0, 0, -outputs % width)).unflatten(0, (-1, width))
-    used = matrix.any(1).int()
+    width = min(width, outputs)
+    places = [min(start, outputs - width) for start in range(0, outputs, width)]
+    windows = torch.stack([matrix[start : start + width] for start in places])
+    used = windows.any(1).int()
     starts, ends = used.argmax(1).tolist(), (inputs - used.flip(1).argmax(1)).tolist()
     step = max(1, round(inputs * width / outputs))
     made = []
@@ -304,13 +316,14 @@ def _windows(size: int, to: int, width: int, backward: bool, dtype: torch.dtype)
         for i in range(1, len(starts) - begin):
             low = min(first, starts[begin + i] - i * step)
             high = max(last, ends[begin + i] - i * step)
-            if low < 0 or high + i * step > inputs or high - low > step + 3:
+            apart = places[begin + i] - places[begin] == i * width
+            if not apart or low < 0 or high + i * step > inputs or high - low > step + 3:
                 break
             first, last, count = low, high, i + 1
         weights = torch.stack(
-            [matrix[begin + i, :, first + i * step : last + i * step].mT for i in range(count)]
+            [windows[begin + i, :, first + i * step : last + i * step].mT for i in range(count)]
         )
-        made.append((slice(begin, begin + count), first, step, weights))
+        made.append(_Window(first, step, places[begin], weights))
         begin += count
     return tuple(made)
 
