@@ -496,6 +496,32 @@ def test_the_products_are_made_once(layout, weights, products, center):
     assert least <= seen.multiplications <= least + thin
 
 
+@pytest.mark.parametrize(
+    ("weights", "sides", "least"),
+    [
+        # N of 48, P of 36: of the relation as it is, or of the other one of what is transposed.
+        ((1.0, 0.0), (48, 36), 3 * 48 * 48 * 36),
+        ((0.0, 1.0), (48, 36), 3 * 36 * 36 * 48),
+        ((1.0, 1.0), (48, 36), 5 * 36 * 36 * 48),
+        # N of 32, and of 64.
+        ((0.0, 1.0), (48, 24), 3 * 36 * 36 * 32),
+        ((1.0, 0.0), (48, 48), 5 * 36 * 36 * 64),
+    ],
+)
+def test_relations_are_made_on_the_side_that_costs_less(weights, sides, least):
+    """One relation alone takes three products, the other five, of N * N * P."""
+    intra, inter = weights
+    shape = (1, 4, *sides)
+    options = {"patch_size": 6, "center": False, "intra_weight": intra, "inter_weight": inter}
+    seen = operations(shape, **options).multiplications
+    # Rows are padded to a multiple of 8.
+    assert 4 * least <= seen <= 4 * least * 1.25
+    s, t = rand(*shape, dtype=torch.float64), rand(*shape, seed=1, dtype=torch.float64)
+    (loss, grad), (expected, expected_grad) = both_forms(s, t, 6, "spatial", True, *weights)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-14)
+
+
 @pytest.mark.parametrize("options", [{}, {"inter_weight": 1.0}])
 def test_of_a_large_symmetric_product_one_half_is_made(options):
     """N is 150 in P of 200: three bands of 56, 56 and 40 rows."""

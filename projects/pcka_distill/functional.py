@@ -451,8 +451,9 @@ def _fused_pcka(
     resized = raised != student.shape[-2:]
     split = n_group + n_sample
     samples, features = order[n_group:split], order[split:]
-    if n > p:
-        # intra of X is inter of X^T: have the smaller side relate.
+    # intra of X is inter of X^T. Alone it takes 3 products of n * n * p, inter, as both, 5.
+    as_it_is, transposed = (5 if weight else 3 for weight in (inter_weight, intra_weight))
+    if as_it_is * n > transposed * p:
         n, p = p, n
         samples, features = features, samples
         intra_weight, inter_weight = inter_weight, intra_weight

@@ -639,16 +639,15 @@ class FusedCKA:
         of_k = (twice * inverse[:, 0].square() * cka / trace[:, 0])[..., None]
         k, l, inter_k = self._of_x
         times_x, times_y = self._times_x, self._times_y
+        # Not centred both relations have one K.
+        shared = self._apart is None and len(of_k) > 1
+        torch.mul(k, of_k.sum(0) if shared else of_k[0], out=times_x)
         if self.intra:
-            torch.mul(k, of_k[0], out=times_x)
             times_x.addcmul_(l, of_l[0] / trace[0, 0, ..., None], value=-1)
             if self._apart is not None:
                 torch.mul(times_x, self._apart.row_of_x, out=self._room)
                 torch.sum(self._room, -1, out=self._times_c[2])
-            if self.inter:
                 times_x.addcmul_(inter_k, of_k[-1])
-        else:
-            torch.mul(inter_k, of_k[0], out=times_x)
         if self.inter:
             torch.mul(self._scaled_m, of_l[-1] * -of_m[..., None], out=times_y)
             if self._apart is not None:
