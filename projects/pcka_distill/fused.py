@@ -171,23 +171,26 @@ class BandedResize(Resize):
         cells = rows.unflatten(1, (-1, self.patch_size))
         return cells.unflatten(0, self._sizes).movedim(4, 0)
 
-    def _sum_rows(self, table: Tensor, strides: Sequence[int], backward: bool) -> Tensor:
+    def _sum_rows(
+        self, table: Tensor, strides: Sequence[int], *, backward: bool, columns: int = 1
+    ) -> Tensor:
         """Resize the height, or make the gradient of that.
 
         Args:
             table: (rows, W).
-            strides: in rows of it, of images, channels, patches and the rows of a patch.
+            strides: in rows of it, of images, channels, patches, the rows of a patch, and columns.
             backward: whether to make the gradient.
+            columns: as many rows of the table make one of the map, for the gradient.
 
         Returns:
-            The rows of the cells, in order, or of (B, C, H): (.., W).
+            The rows of the cells, in order, or of (B, C, H, columns): (.., W).
         """
         b, c, h, _ = self.shape
         index, offsets, weights = _bags(
             h,
             self.to[0],
             self.like.dtype,
-            (b, c, self.patch_size),
+            (b, c, self.patch_size, columns),
             tuple(strides),
             None if backward else self._order,
         )
@@ -207,7 +210,7 @@ class BandedResize(Resize):
             table = x.contiguous().view(-1, x.shape[3])
             x = table.view(x.shape)
         image, channel, row = (stride // table.shape[1] for stride in x.stride()[:3])
-        strides = (image, channel, row * self.patch_size, row)
+        strides = (image, channel, row * self.patch_size, row, 0)
         rows = self._sum_rows(table, strides, backward=False)
         columns = cells.permute(4, *self._order, 5)
         if self._by_patch and columns.is_contiguous():
@@ -223,20 +226,28 @@ class BandedResize(Resize):
         columns.copy_(self._by_column(rows[:, : self.to[1]]))
 
     def joined(self, cells: Tensor) -> Tensor:
-        self._by_column(self._maps).copy_(cells.permute(4, *self._order, 5))
-        return self._maps
+        p = self.patch_size
+        table, columns, strides = self._maps, 1, cells.stride()
+        span = 1 + sum((n - 1) * stride for n, stride in zip(cells.shape, strides))
+        # The rows of patches, as they are, unless they are short or not in a row.
+        if p >= _WINDOW // 2 and span == cells.numel() and strides[5] == 1:
+            table, columns = cells.as_strided((span // p, p), (p, 1)), cells.shape[4]
+            strides = tuple(stride // p for stride in strides[:5])
+        else:
+            self._by_column(table).copy_(cells.permute(4, *self._order, 5))
+            steps = [math.prod(self._sizes[i + 1 :]) for i in range(4)]
+            strides = (*(steps[self._order.index(axis)] for axis in range(4)), 0)
+        rows = self._sum_rows(table, strides, backward=True, columns=columns)
+        return rows.view(*self.shape[:3], self.to[1])
 
     def gradient(self, maps: Tensor, out: Tensor) -> None:
-        steps = [math.prod(self._sizes[i + 1 :]) for i in range(4)]
-        strides = [steps[self._order.index(axis)] for axis in range(4)]
-        rows = self._sum_rows(maps, strides, backward=True).unflatten(0, self.shape[:3])
         if not self._resized:
-            out.copy_(rows)
+            out.copy_(maps)
             return
         _, _, height, _ = self.shape
         in_rows = out.stride(3) == 1 and out.stride(1) == height * out.stride(2)
         written = out if in_rows else self.like.new_empty(self.shape)
-        for image, made in zip(rows, written):
+        for image, made in zip(maps, written):
             self._resize_columns(image.flatten(0, 1), made.flatten(0, 1), backward=True)
         if not in_rows:
             out.copy_(written)
@@ -334,7 +345,7 @@ def _bags(
     size: int,
     to: int,
     dtype: torch.dtype,
-    count: tuple[int, int, int],
+    count: tuple[int, int, int, int],
     strides: tuple[int, ...],
     order: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -344,27 +355,36 @@ def _bags(
         size: H, of what is resized.
         to: its new size.
         dtype: of the weights.
-        count: B, C and p.
-        strides: in rows of the table, of images, channels, patches and the rows of a patch.
-        order: of (B, C, U, p) in the outcome. None for the gradient, whose outcome is (B, C, H).
+        count: B, C, p and the columns, of which only the gradient has more than one.
+        strides: in rows of the table, of images, channels, patches, rows of a patch and columns.
+        order: of (B, C, U, p) in the outcome. None for the gradient: (B, C, H, columns).
     """
     matrix = _matrix(size, to, dtype, torch.device("cpu"))
     if order is None:
         matrix = matrix.mT
     used = matrix != 0
-    most = int(used.sum(1).max())
-    # Those that are used come first; one that is not has the weight 0.
-    inputs = used.sort(dim=1, descending=True, stable=True).indices[:, :most]
-    weights = matrix.gather(1, inputs)
-    b, c, p = count
-    image, channel, patch, row = strides
-    index = image * torch.arange(b)[:, None, None, None] + channel * torch.arange(c)[:, None, None]
-    index = index + inputs // p * patch + inputs % p * row
+    # Those that are used come first, as many of each row as the most that any uses.
+    inputs = used.sort(dim=1, descending=True, stable=True).indices[:, : int(used.sum(1).max())]
+    weights = matrix.gather(1, inputs)[:, None]
+    b, c, p, columns = count
+    inputs = inputs[:, None]
+    places = (
+        torch.arange(b)[:, None, None, None, None],
+        torch.arange(c)[:, None, None, None],
+        inputs // p,
+        inputs % p,
+        torch.arange(columns)[:, None],
+    )
+    # (B, C, rows, columns, inputs)
+    index = functools.reduce(torch.add, (x * stride for x, stride in zip(places, strides)))
     weights = weights.expand(index.shape)
     if order is not None:
-        index, weights = (x.unflatten(2, (-1, p)).permute(*order, 4) for x in (index, weights))
-    offsets = torch.arange(0, index.numel() + 1, most, dtype=torch.int32)
-    return index.flatten().int(), offsets, weights.flatten()
+        index, weights = (
+            x.squeeze(3).unflatten(2, (-1, p)).permute(*order, 4) for x in (index, weights)
+        )
+    used = weights != 0
+    offsets = F.pad(used.sum(-1).flatten().cumsum(0), (1, 0))
+    return index[used].int(), offsets.int(), weights[used]
 
 
 def _dead(square: Tensor, means: Sequence[tuple[Tensor, int]]) -> Tensor:
