@@ -229,16 +229,17 @@ class BandedResize(Resize):
         p = self.patch_size
         table, columns, strides = self._maps, 1, cells.stride()
         span = 1 + sum((n - 1) * stride for n, stride in zip(cells.shape, strides))
-        # The rows of patches, as they are, unless they are short or not in a row.
-        if p >= _WINDOW // 2 and span == cells.numel() and strides[5] == 1:
-            table, columns = cells.as_strided((span // p, p), (p, 1)), cells.shape[4]
+        rows = cells.numel() // p
+        # The rows of patches, as they are, unless they are short, too many, or not in a row.
+        if p >= _WINDOW // 2 and rows <= _ROWS and span == cells.numel() and strides[5] == 1:
+            table, columns = cells.as_strided((rows, p), (p, 1)), cells.shape[4]
             strides = tuple(stride // p for stride in strides[:5])
         else:
             self._by_column(table).copy_(cells.permute(4, *self._order, 5))
             steps = [math.prod(self._sizes[i + 1 :]) for i in range(4)]
             strides = (*(steps[self._order.index(axis)] for axis in range(4)), 0)
-        rows = self._sum_rows(table, strides, backward=True, columns=columns)
-        return rows.view(*self.shape[:3], self.to[1])
+        maps = self._sum_rows(table, strides, backward=True, columns=columns)
+        return maps.view(*self.shape[:3], self.to[1])
 
     def gradient(self, maps: Tensor, out: Tensor) -> None:
         if not self._resized:
@@ -273,12 +274,19 @@ _WINDOW = 16
 
 
 class _Window(NamedTuple):
-    """Windows of one size, as far apart as one another: of rows to resize, of what is made."""
+    """Windows of one size, as far apart as one another.
+
+    Attributes:
+        first: column of what is resized in which the first begins.
+        step: how many columns after it the next one does.
+        to: column of the outcome in which what the first makes begins; the next ones follow.
+        weights: (windows, inputs, outputs).
+    """
 
     first: int
     step: int
     to: int
-    weights: Tensor  # (windows, inputs, outputs)
+    weights: Tensor
 
     def of(self, rows: Tensor) -> Tensor:
         """(windows, .., inputs) of rows (.., W)."""
@@ -337,6 +345,10 @@ def _windows(size: int, to: int, width: int, backward: bool, dtype: torch.dtype)
         made.append(_Window(first, step, places[begin], weights))
         begin += count
     return tuple(made)
+
+
+# Rows of patches that are taken from where they are: each has its places and weights kept.
+_ROWS = 1 << 16
 
 
 # A batch of one size has some twenty; of all channels at once each may take megabytes.
