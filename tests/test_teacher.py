@@ -1,3 +1,4 @@
+import copy
 import logging
 import pickle
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode as CN
 from detectron2.config import LazyConfig, instantiate
+from detectron2.layers import Conv2d
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from helpers import REPO, digits_cfg, distill_cfg, make_batch
@@ -22,6 +24,7 @@ from pcka_distill import (
 )
 from pcka_distill.build import build_teacher
 from pcka_distill.structures import Taps
+from pcka_distill.teacher import fingerprint, fold_batch_norms
 
 
 @pytest.fixture
@@ -152,6 +155,41 @@ def test_batch_norm_counters_do_not_matter(model, state, tmp_path):
 def test_no_weights_named(model):
     with pytest.raises(UserError, match=r"set MODEL\.DISTILL\.TEACHER\.WEIGHTS"):
         load_teacher_weights(model, "")
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+def test_batch_norms_are_folded_into_convolutions(norm):
+    torch.manual_seed(0)
+    model = build_model(digits_cfg("retinanet_student", "MODEL.RESNETS.NORM", norm)).eval()
+    norms = [x for x in model.backbone.bottom_up.modules() if hasattr(x, "running_mean")]
+    assert len(norms) > 5
+    for x in norms:
+        x.running_mean.normal_()
+        x.running_var.uniform_(0.5, 2)
+        x.weight.data.uniform_(0.5, 2)
+        x.bias.data.normal_()
+    before = copy.deepcopy(model)
+    teacher = FrozenTeacher(model, fold_norms=True)
+    assert not any(hasattr(x, "running_mean") for x in model.modules())
+    assert not any(x.requires_grad for x in model.parameters())
+    # What it was given is what its fingerprint tells.
+    assert teacher.fingerprint == fingerprint(before) == FrozenTeacher(before).fingerprint
+    images = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        mine, expected = model.backbone(images), before.backbone(images)
+    for level, x in expected.items():
+        assert x.abs().max() > 0.1
+        torch.testing.assert_close(mine[level], x, rtol=1e-4, atol=1e-5)
+
+
+def test_norms_that_go_by_the_batch_are_not_folded():
+    conv = Conv2d(3, 4, 3, norm=torch.nn.BatchNorm2d(4, track_running_stats=False))
+    assert fold_batch_norms(torch.nn.Sequential(conv)) == 0 and conv.norm is not None
+
+
+def test_a_teacher_that_is_loaded_has_no_batch_norms(teacher_files):
+    teacher = build_teacher(distill_cfg("retinanet", teacher_files["retinanet"]))
+    assert not any("running_mean" in k for k in teacher.model.backbone.bottom_up.state_dict())
 
 
 def test_frozen(model):

@@ -526,6 +526,7 @@ def load_teacher(
         input_format=plan.input_format,
         classes=classes,
         precision=_PRECISIONS[precision],
+        fold_norms=True,
         channels_last=channels_last,
         compiled=compiled,
         cache=cache,

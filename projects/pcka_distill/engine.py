@@ -220,7 +220,7 @@ class Trainer(DefaultTrainer):
         teacher = getattr(model, "teacher", None)
         print_of = ""
         if teacher is not None:
-            print_of = fingerprint(teacher.model)
+            print_of = teacher.fingerprint
             logger.info(f"Fingerprint of the teacher: {print_of}")
             with own_random_numbers():
                 check_teacher(cfg, teacher)

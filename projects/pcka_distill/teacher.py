@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from pcka_distill.cache import FeatureCache
 from pcka_distill.checkpoint import StrictCheckpointer
 from pcka_distill.errors import UserError, reason
 
-__all__ = ["FrozenTeacher", "fingerprint", "load_teacher_weights"]
+__all__ = ["FrozenTeacher", "fingerprint", "fold_batch_norms", "load_teacher_weights"]
 
 # A child of Detectron2's logger, so that it is seen wherever that one is.
 logger = logging.getLogger(f"detectron2.{__name__}")
@@ -39,9 +41,13 @@ class FrozenTeacher:
         classes: names of its classes, in the order of its logits; None when they are the
             student's.
         precision: to run it in, under autocast; None is the student's.
+        fold_norms: :func:`fold_batch_norms` in it.
         channels_last: lay its weights and maps out that way.
         compiled: run its backbone through ``torch.compile``.
         cache: where its feature maps are kept; None keeps none.
+
+    Attributes:
+        fingerprint: :func:`fingerprint` of the model as it was given.
     """
 
     def __init__(
@@ -51,6 +57,7 @@ class FrozenTeacher:
         input_format: str | None = None,
         classes: Sequence[str] | None = None,
         precision: torch.dtype | None = None,
+        fold_norms: bool = False,
         channels_last: bool = False,
         compiled: bool = False,
         cache: FeatureCache | None = None,
@@ -61,6 +68,10 @@ class FrozenTeacher:
         self.cache = cache
         self._precision = precision
         self._compiled = compiled
+        # Taken of what was loaded: what is folded has the rounding of the device in it.
+        self.fingerprint = fingerprint(model)
+        if fold_norms and (folded := fold_batch_norms(model)):
+            logger.info(f"The teacher's convolutions take over {folded} batch norms")
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         if compiled:
@@ -108,6 +119,41 @@ class FrozenTeacher:
     def apply(self, fn: Callable[[Any], Any]) -> None:
         """Apply a tensor function (``to``, ``cuda``, ``half``) as ``nn.Module`` would."""
         self.model._apply(fn)
+
+
+def fold_batch_norms(model: nn.Module) -> int:
+    """Make batch norms, which in eval mode scale and shift alone, part of the convolutions before.
+
+    What the model computes stays the same, but for rounding, in fewer passes over its maps. It is
+    one for good: it has no norms any more. Of convolutions only Detectron2's know theirs.
+
+    Args:
+        model: that is not trained any further. It is changed.
+
+    Returns:
+        how many.
+    """
+    norms = (FrozenBatchNorm2d, nn.modules.batchnorm._BatchNorm)
+    folded = 0
+    convs: list[Any] = [x for x in model.modules() if type(x) is Conv2d]
+    for conv in convs:
+        norm = conv.norm
+        known = isinstance(norm, norms)
+        # Without running statistics it goes by those of the batch in eval mode, too.
+        if not known or norm.running_mean is None:
+            continue
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight,
+            conv.bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.eps,
+            norm.weight,
+            norm.bias,
+        )
+        conv.norm = None
+        folded += 1
+    return folded
 
 
 def fingerprint(model: Any) -> str:
