@@ -146,7 +146,7 @@ def test_the_numbers_of_the_yaml_with_every_option(teacher_files, tmp_path):
         "SOLVER.IMS_PER_BATCH": 4,
         "SEED": 3,
     }
-    options = {"precision": "bfloat16", "channels_last": True, "allow_partial": True}
+    options = {"precision": "bfloat16", "channels_last": False, "allow_partial": True}
     opts = [
         *(x for pair in keys.items() for x in pair),
         *(x for k, v in options.items() for x in (f"MODEL.DISTILL.TEACHER.{k.upper()}", v)),

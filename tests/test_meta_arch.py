@@ -319,13 +319,19 @@ def test_the_students_autocast_is_not_the_teachers(teacher_files, batch):
 
 
 def test_a_teacher_with_channels_last(teacher_files, batch):
-    exact = step(build("retinanet", teacher_files), batch)
-    model = build(
-        "retinanet", teacher_files, LOSSES[:1], "MODEL.DISTILL.TEACHER.CHANNELS_LAST", True
+    key = "MODEL.DISTILL.TEACHER.CHANNELS_LAST"
+    exact = step(build("retinanet", teacher_files, LOSSES[:1], key, False), batch)
+    model = build("retinanet", teacher_files)
+    seen = []
+    original = model._teach
+    model._teach = lambda frozen, maps, student: (
+        seen.extend(maps.values()) or original(frozen, maps, student)
     )
     weight = model.teacher.model.backbone.fpn_output3.weight
     assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
     losses = step(model, batch)
+    # Losses read rows: out of every cell of another layout they would take one value.
+    assert seen and all(x.is_contiguous() for x in seen)
     for name, value in losses.items():
         torch.testing.assert_close(value, exact[name], rtol=1e-4, atol=1e-5)
 

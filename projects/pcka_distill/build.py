@@ -418,7 +418,7 @@ def load_teacher(
     opts: Sequence[Any] = (),
     device: str = "cpu",
     precision: str = "",
-    channels_last: bool = False,
+    channels_last: bool = True,
     compiled: bool = False,
     cache_dir: str = "",
     cache_max_gb: float = 20.0,

@@ -67,7 +67,7 @@ def add_pcka_distill_config(cfg: CN) -> None:
     # What it is run in: "float32", "bfloat16", "float16" (CUDA only), or "" for the student's.
     cfg.MODEL.DISTILL.TEACHER.PRECISION = ""
     # Memory layout of its weights and maps; pays on a CPU, and on tensor cores.
-    cfg.MODEL.DISTILL.TEACHER.CHANNELS_LAST = False
+    cfg.MODEL.DISTILL.TEACHER.CHANNELS_LAST = True
     # torch.compile its backbone: slow at first and again for new image sizes, then faster.
     cfg.MODEL.DISTILL.TEACHER.COMPILE = False
     # Keep its feature maps on disk, for training images that come back unchanged (no random

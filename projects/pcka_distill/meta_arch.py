@@ -359,7 +359,9 @@ class DistillationModel(nn.Module):
             batched_inputs = frozen.flip_channels(batched_inputs)
 
         def compute() -> dict[str, Tensor]:
-            return adapter.teacher_features(model, batched_inputs, student, alike=self._alike)
+            maps = adapter.teacher_features(model, batched_inputs, student, alike=self._alike)
+            # What is made with channels last is read in rows, by each of the losses.
+            return {level: x.contiguous() for level, x in maps.items()}
 
         with frozen.running():
             if frozen.cache is None:
