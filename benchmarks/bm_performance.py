@@ -633,10 +633,10 @@ Peak memory is without the weights of either. The weights are random.
 
 The forward of a ResNet-101 FPN backbone on 2 images of 480 x 640 in the ways that
 `MODEL.DISTILL.TEACHER` can choose, against fp32 without channels last; on one thread. Batch norms
-are always made part of convolutions: values are the same but for rounding. `torch.inference_mode`
-is no key: it gains nothing, and a loss could not save its tensors for backward. Compiling takes a
-minute at first and again for new image sizes, and is not in these figures. Half precision does not
-help a GPU that waits for its launches: autocast adds some.
+of Detectron2's convolutions are always made part of them: values are the same but for rounding.
+`torch.inference_mode` is no key: it gains nothing, and a loss could not save its tensors for
+backward. Compiling takes a minute at first and again for new image sizes, and is not in these
+figures. Half precision does not help a GPU that waits for its launches: autocast adds some.
 """,
     "cache": """\
 ## The teacher's cache
@@ -652,8 +652,8 @@ small.
 
 Let a level have B images, C channels and H x W cells, with patches of p. In the layout `spatial`
 each channel has a Gram of N = HW / p^2 patches with P = B p^2 values, in `sample` N = B HW / p^2
-and P = p^2. Each of the at most five products is made on the smaller side, so it takes
-C N P min(N, P) multiplications:
+and P = p^2. Each of the at most five products is made on the smaller side (intra alone, which takes
+three on its own, up to N = 5/3 P there), so it takes C N P min(N, P) multiplications:
 
 | | while N <= P | while N >= P |
 |---|---|---|

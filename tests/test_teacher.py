@@ -182,9 +182,32 @@ def test_batch_norms_are_folded_into_convolutions(norm):
         torch.testing.assert_close(mine[level], x, rtol=1e-4, atol=1e-5)
 
 
-def test_norms_that_go_by_the_batch_are_not_folded():
-    conv = Conv2d(3, 4, 3, norm=torch.nn.BatchNorm2d(4, track_running_stats=False))
+class NormAndActivation(torch.nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize("what", ["of the batch", "subclass", "hook"])
+def test_norms_that_do_more_than_scale_are_not_folded(what):
+    norm = torch.nn.BatchNorm2d(4, track_running_stats=what != "of the batch")
+    conv = Conv2d(3, 4, 3, norm=NormAndActivation(4) if what == "subclass" else norm)
+    if what == "hook":
+        conv.norm.register_forward_hook(lambda *_: None)
     assert fold_batch_norms(torch.nn.Sequential(conv)) == 0 and conv.norm is not None
+
+
+def test_what_is_no_image_keeps_its_layout():
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 2), torch.nn.Conv3d(2, 3, 2))
+    FrozenTeacher(model, channels_last=True)
+    assert not model[0].weight.is_contiguous() and model[1].weight.is_contiguous()
+
+
+def test_a_fingerprint_is_taken_when_it_is_wanted(model, state):
+    """Whatever has been loaded by then, and of models without values never."""
+    teacher = FrozenTeacher(model)
+    model.load_state_dict(state)
+    assert teacher.fingerprint == fingerprint(model)
+    FrozenTeacher(model.to("meta"))
 
 
 def test_a_teacher_that_is_loaded_has_no_batch_norms(teacher_files):

@@ -442,7 +442,7 @@ def load_teacher(
         opts: overrides of a config that is named, key and value by turns.
         device: where it is put.
         precision: "float32", "bfloat16", "float16" (CUDA), or empty for the student's.
-        channels_last, compiled: see :class:`.FrozenTeacher`.
+        channels_last, compiled: see :class:`.FrozenTeacher`. Its batch norms are folded, see there.
         cache_dir: keep its feature maps there; empty keeps none.
         cache_max_gb: how much is kept.
         allow_partial: only warn if its weights do not fit.
@@ -517,7 +517,7 @@ def load_teacher(
         # What is kept must not depend on the autocast that the student happens to be in.
         precision = precision or "float32"
         formats = f"{plan.input_format} {student_format}"
-        owner = f"1 {fingerprint(model)} {plan.description} {precision} {formats}"
+        owner = f"2 {fingerprint(model)} {plan.description} {precision} {formats}"
         cache = FeatureCache(cache_dir, int(cache_max_gb * 2**30), owner)
     if classes is None and class_key:
         classes = class_names(plan.datasets, class_key)

@@ -132,8 +132,8 @@ class BandedResize(Resize):
 
     A resize is linear and separable. Each row of the outcome is a sum of two, an embedding bag,
     that takes them from wherever they are, into the order of the cells. Of these rows some columns,
-    such as those of a column of patches, are products of windows with band matrices. So is the
-    gradient.
+    such as those of a column of patches, are products of windows with band matrices. Those of the
+    gradient, too, whose rows are sums of what the cells have, joined to rows or as it is.
 
     Args:
         order: of the axes of the cells in memory, the slowest first. Where that is V, and the last
@@ -518,7 +518,7 @@ class FusedCKA:
 
     Args:
         groups: G.
-        n: N. It is fast where N <= P.
+        n: N. It is fast where that is the smaller side, or hardly larger.
         p: P.
         like: a tensor of the type, fp32 or fp64, and on the device to work in.
         gradient: whether to make the gradient.

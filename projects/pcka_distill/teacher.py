@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -25,6 +25,7 @@ __all__ = ["FrozenTeacher", "fingerprint", "fold_batch_norms", "load_teacher_wei
 logger = logging.getLogger(f"detectron2.{__name__}")
 
 _DIGEST = 16
+_FOLDED = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm, NaiveSyncBatchNorm)
 
 
 class FrozenTeacher:
@@ -45,9 +46,6 @@ class FrozenTeacher:
         channels_last: lay its weights and maps out that way.
         compiled: run its backbone through ``torch.compile``.
         cache: where its feature maps are kept; None keeps none.
-
-    Attributes:
-        fingerprint: :func:`fingerprint` of the model as it was given.
     """
 
     def __init__(
@@ -68,12 +66,15 @@ class FrozenTeacher:
         self.cache = cache
         self._precision = precision
         self._compiled = compiled
-        # Taken of what was loaded: what is folded has the rounding of the device in it.
-        self.fingerprint = fingerprint(model)
-        if fold_norms and (folded := fold_batch_norms(model)):
-            logger.info(f"The teacher's convolutions take over {folded} batch norms")
+        self._fingerprint = ""
+        if fold_norms:
+            # What is folded has the rounding of the device in it.
+            self._fingerprint = fingerprint(model)
+            if folded := fold_batch_norms(model):
+                logger.info(f"The teacher's convolutions take over {folded} batch norms")
         if channels_last:
-            self.model.to(memory_format=torch.channels_last)
+            # There may be others than images and weights of convolutions.
+            self.apply(lambda x: x.to(memory_format=torch.channels_last) if x.dim() == 4 else x)
         if compiled:
             backbone: Any = self.model.backbone
             backbone.compile()
@@ -83,6 +84,11 @@ class FrozenTeacher:
         """Where its weights are."""
         device: torch.device = next(self.model.parameters()).device
         return device
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the model, by :func:`fingerprint`, before its batch norms were folded."""
+        return self._fingerprint or fingerprint(self.model)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -133,14 +139,14 @@ def fold_batch_norms(model: nn.Module) -> int:
     Returns:
         how many.
     """
-    norms = (FrozenBatchNorm2d, nn.modules.batchnorm._BatchNorm)
     folded = 0
     convs: list[Any] = [x for x in model.modules() if type(x) is Conv2d]
     for conv in convs:
         norm = conv.norm
-        known = isinstance(norm, norms)
-        # Without running statistics it goes by those of the batch in eval mode, too.
-        if not known or norm.running_mean is None:
+        # Subclasses, and hooks, may do more than that; without running statistics it goes by those
+        # of the batch in eval mode, too.
+        known = type(norm) in _FOLDED and norm.running_mean is not None
+        if not known or any(x._forward_hooks or x._forward_pre_hooks for x in (conv, norm)):
             continue
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight,
