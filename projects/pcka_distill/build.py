@@ -35,7 +35,7 @@ from pcka_distill.cache import FeatureCache
 from pcka_distill.config import add_pcka_distill_config
 from pcka_distill.errors import UserError, reason
 from pcka_distill.losses import DISTILL_LOSS_REGISTRY, DistillLoss
-from pcka_distill.teacher import FrozenTeacher, fingerprint, load_teacher_weights
+from pcka_distill.teacher import FrozenTeacher, load_teacher_weights
 
 __all__ = [
     "build_losses",
@@ -508,7 +508,6 @@ def load_teacher(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
         f"{loaded} of {len(model.state_dict())} tensors loaded from {weights}"
     )
-    cache = None
     if cache_dir:
         if not (0 < cache_max_gb < math.inf):
             raise UserError(
@@ -516,12 +515,9 @@ def load_teacher(
             )
         # What is kept must not depend on the autocast that the student happens to be in.
         precision = precision or "float32"
-        formats = f"{plan.input_format} {student_format}"
-        owner = f"2 {fingerprint(model)} {plan.description} {precision} {formats}"
-        cache = FeatureCache(cache_dir, int(cache_max_gb * 2**30), owner)
     if classes is None and class_key:
         classes = class_names(plan.datasets, class_key)
-    return FrozenTeacher(
+    teacher = FrozenTeacher(
         model,
         input_format=plan.input_format,
         classes=classes,
@@ -529,8 +525,13 @@ def load_teacher(
         fold_norms=True,
         channels_last=channels_last,
         compiled=compiled,
-        cache=cache,
     )
+    if cache_dir:
+        # Its fingerprint has been taken by now: that of large weights takes a while.
+        formats = f"{plan.input_format} {student_format}"
+        owner = f"2 {teacher.fingerprint} {plan.description} {precision} {formats}"
+        teacher.cache = FeatureCache(cache_dir, int(cache_max_gb * 2**30), owner)
+    return teacher
 
 
 def _named_plan(name: str, opts: list[Any], device: str, trusted: bool) -> tuple[_TeacherPlan, str]:
